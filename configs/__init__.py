@@ -1,0 +1,1 @@
+"""Runnable configurations: each module has `get_config(arg=None) -> ExperimentConfig`."""

@@ -1,0 +1,1 @@
+"""Corpora, the token cache and the stream of packed batches."""

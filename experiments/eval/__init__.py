@@ -1,0 +1,1 @@
+"""Evaluations that a run performs while it trains."""

@@ -1,0 +1,1 @@
+"""Attention variants; each has its Config beside it."""

@@ -1,0 +1,1 @@
+"""Names and layouts of Hugging Face checkpoints, read in both directions; one file per family."""
