@@ -27,7 +27,11 @@ def options(hint: Any) -> tuple[Any, ...]:
 
 def config_classes(hint: Any) -> dict[str, type]:
     """The dataclasses among the members of a type, by class name."""
-    return {member.__name__: member for member in options(hint) if dataclasses.is_dataclass(member)}
+    return {
+        member.__name__: member
+        for member in options(hint)
+        if isinstance(member, type) and dataclasses.is_dataclass(member)
+    }
 
 
 def describe(hint: Any) -> str:
@@ -283,7 +287,7 @@ def from_json(hint: Any, data: Any, path: str = "config") -> Any:
             return tuple(from_json(h, item, f"{path}.{i}") for i, (h, item) in enumerate(zip(hints, data, strict=True)))
         if typing.get_origin(option) is typing.Literal and any(data == v for v in typing.get_args(option)):
             return data
-        if option is float and type(data) in (int, float):
+        if option is float and isinstance(data, int | float) and not isinstance(data, bool):
             return float(data)
         if option in (int, str, bool, types.NoneType) and type(data) is option:
             return data
