@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,12 +22,23 @@ def config_fields(tree: ast.AST) -> list[tuple[str, str]]:
     return found
 
 
-def attributes_read(tree: ast.AST) -> set[str]:
-    """Names read as `something.name`, outside `__post_init__`: a check of a value is not a use of it."""
-    if isinstance(tree, ast.FunctionDef) and tree.name == "__post_init__":
-        return set()
-    names = {tree.attr} if isinstance(tree, ast.Attribute) and isinstance(tree.ctx, ast.Load) else set()
-    return names.union(*map(attributes_read, ast.iter_child_nodes(tree)))
+def attributes_read(module: ast.AST) -> set[str]:
+    """Names read as `something.name`, outside `__post_init__`: a check of a value is not a use of it.
+
+    Where a module reads `getattr(self, name)`, every string in that module counts.
+    """
+    nodes = list(walk_without_checks(module))
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    if any(isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" for node in nodes):
+        names |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return names
+
+
+def walk_without_checks(node: ast.AST) -> Iterator[ast.AST]:
+    if not (isinstance(node, ast.FunctionDef) and node.name == "__post_init__"):
+        yield node
+        for child in ast.iter_child_nodes(node):
+            yield from walk_without_checks(child)
 
 
 def trees(packages: list[str]) -> dict[pathlib.Path, ast.AST]:
