@@ -1,0 +1,290 @@
+"""Reading checkpoints: whole states for a run to go on from, parameters for everyone else, and what the JSON says.
+
+Nothing here writes. JAX and Orbax are imported where they are used: looking at a config needs neither.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from experiments.errors import UserError
+
+_STEP_PREFIX = "step"
+_NAMES_IN_MESSAGE = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What the JSON of a checkpoint says."""
+
+    step: int
+    config_json: dict
+    extra: dict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored(Saved):
+    state: Any
+    data_state: dict
+
+
+def restore_params(directory, abstract, *, step: int | None = None, ema: bool = False, cast: bool = False) -> Restored:
+    """Returns parameters and buffers alone, from a run directory, its `checkpoints`, or one step directory.
+
+    abstract: {"params": ..., "buffers": ...} of ShapeDtypeStructs with target shardings; the state comes back alike.
+    ema: take the moving average in place of the parameters. Optimizer state is not read.
+    Nothing is written: a damaged newest step is skipped with a warning. Raises UserError as `Checkpointer.restore`.
+    """
+    quiet_orbax()
+    root, named_step = _locate(directory)
+    step = named_step if step is None else step
+    state = {**abstract, "ema": abstract["params"]} if ema else dict(abstract)
+    if ema:
+        del state["params"]
+    wanted = Wanted(state=state, cast=cast, whole=False)
+    if step is not None:
+        restored = read_step(root, step, wanted)
+    else:
+        restored, _ = read_newest(root, wanted, print_warning)
+    if restored is None:
+        raise UserError(f"{directory}: no checkpoint here")
+    if ema:
+        restored.state["params"] = restored.state.pop("ema")
+    return restored
+
+
+def read_config(directory, *, step: int | None = None) -> Saved:
+    """Returns what the JSON of a checkpoint says, from the same places as `restore_params`.
+
+    Reads no array and starts no device. The newest step whose JSON can be read is taken unless `step` is given.
+    """
+    root, named_step = _locate(directory)
+    step = named_step if step is None else step
+    for candidate in reversed(saved_steps(root)) if step is None else [step]:
+        try:
+            meta = _read_meta(step_path(root, candidate))
+        except (OSError, ValueError) as error:
+            if step is not None:
+                raise UserError(f"{step_path(root, step)}: not a readable checkpoint ({one_line(error)})") from error
+            continue
+        return Restored(step=meta["step"], state=None, data_state={}, config_json=meta["config"], extra=meta["extra"])
+    raise UserError(f"{directory}: no checkpoint here")
+
+
+def saved_steps(directory) -> list[int]:
+    """Returns the steps whose save was completed, oldest first."""
+    return sorted(found.step for found in step_names().find_all(local_absolute(directory)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What to read from a step, and how strictly."""
+
+    state: Any  # ShapeDtypeStructs
+    cast: bool
+    whole: bool  # arrays at the top-level keys that `state` lacks are an error
+
+
+def read_newest(root, wanted: Wanted, warn: Callable[[str], None]) -> tuple[Restored | None, list[int]]:
+    """The newest step that can be read, and the damaged ones that are newer."""
+    damaged: dict[int, str] = {}
+    for step in reversed(saved_steps(root)):
+        result = _attempt(step_path(root, step), wanted)
+        if isinstance(result, Restored):
+            for bad, cause in damaged.items():
+                warn(f"the checkpoint of step {bad} is damaged ({cause}); falling back to step {step}")
+            return result, list(damaged)
+        damaged[step] = one_line(result)
+    if damaged:
+        # All at once looks like another trouble (memory, file system) than damage: touch nothing, go no further.
+        causes = "; ".join(f"step {step}: {cause}" for step, cause in damaged.items())
+        raise UserError(f"{root}: no checkpoint can be read ({causes})")
+    return None, []
+
+
+def read_step(root, step: int, wanted: Wanted) -> Restored:
+    path = step_path(root, step)
+    if not path.exists():
+        saved = ", ".join(map(str, saved_steps(root))) or "none"
+        raise UserError(f"{root}: no checkpoint of step {step} here (saved steps: {saved})")
+    result = _attempt(path, wanted)
+    if isinstance(result, Exception):
+        raise UserError(f"{path}: the checkpoint cannot be read ({one_line(result)})") from result
+    return result
+
+
+def print_warning(line: str) -> None:
+    """One line on stderr, once per job."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _attempt(path, wanted: Wanted) -> Restored | Exception:
+    """Reads one step, or returns what went wrong with the files in any process. Raises UserError for another model."""
+    try:
+        result: Restored | Exception = _read(path, wanted)
+    except UserError:
+        raise
+    except Exception as error:  # damage shows up as almost anything, from KeyError to XLA's errors
+        result = error
+    if all(gather(isinstance(result, Restored))):
+        return result
+    return result if isinstance(result, Exception) else OSError("another process could not read it")
+
+
+def _read(path, wanted: Wanted) -> Restored:
+    import jax
+    import orbax.checkpoint as ocp
+
+    from experiments import layers_on_disk
+
+    meta = _read_meta(path)
+    arrays = layers_on_disk.abstract_on_disk(wanted.state)
+    _check_same_model(path, arrays, meta["arrays"], wanted)
+    handler = ocp.PyTreeCheckpointHandler()
+    item = layers_on_disk.nest(arrays)
+    restored = handler.restore(
+        path / "state",
+        args=ocp.args.PyTreeRestore(
+            item=item,
+            restore_args=jax.tree.map(
+                lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype),
+                item,
+            ),
+            partial_restore=True,
+        ),
+    )
+    handler.close()
+    return Restored(
+        step=meta["step"],
+        state=layers_on_disk.from_disk(layers_on_disk.flatten(restored), wanted.state),
+        data_state=_own_data_state(path, meta["data_states"]) if wanted.whole else {},
+        config_json=meta["config"],
+        extra=meta["extra"],
+    )
+
+
+def _check_same_model(path, wanted: dict, stored: dict, how: Wanted) -> None:
+    """Raises one line instead of Orbax's hundreds."""
+    if not how.whole:
+        roots = tuple(f"{key}/" for key in how.state)
+        stored = {name: value for name, value in stored.items() if name.startswith(roots)}
+    problems = {
+        "missing": [name for name in wanted if name not in stored],
+        "unexpected": [name for name in stored if name not in wanted],
+        "reshaped": [
+            f"{name} {stored[name][1]} -> {list(leaf.shape)}"
+            for name, leaf in wanted.items()
+            if name in stored and stored[name][1] != list(leaf.shape)
+        ],
+        "of another dtype": [
+            f"{name} {stored[name][0]} -> {leaf.dtype}"
+            for name, leaf in wanted.items()
+            if not how.cast and name in stored and stored[name][0] != str(leaf.dtype)
+        ],
+    }
+    found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
+    if found:
+        raise UserError(f"{path}: this checkpoint was written with another model config: arrays {', '.join(found)}")
+
+
+def _own_data_state(path, data_states: list[dict]) -> dict:
+    import jax
+
+    if len(data_states) == 1:
+        return data_states[0]
+    if len(data_states) != jax.process_count():
+        raise UserError(
+            f"{path}: holds a data position for each of {len(data_states)} processes, this run has "
+            f"{jax.process_count()}: resume with {len(data_states)} processes"
+        )
+    return data_states[jax.process_index()]
+
+
+def gather(value) -> list:
+    """The JSON value of every process, in order; one of them where all agree."""
+    import jax
+
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.array(text.size))))
+    padded = np.pad(text, (0, longest - text.size), constant_values=ord(" "))
+    texts = [bytes(row).decode() for row in multihost_utils.process_allgather(padded)]
+    return [json.loads(text) for text in (texts[:1] if len(set(texts)) == 1 else texts)]
+
+
+def _read_meta(path) -> dict:
+    return json.loads((path / "meta" / "metadata").read_text())
+
+
+def _locate(directory) -> tuple[Any, int | None]:
+    """The directory of all steps, and the step if `directory` is one."""
+    path = local_absolute(directory)
+    prefix, _, number = path.name.rpartition("_")
+    if prefix == _STEP_PREFIX and number.isdecimal():
+        return path.parent, int(number)
+    below = path / "checkpoints"
+    return (below if below.exists() else path), None
+
+
+def local_absolute(directory):
+    """An epath.Path; gs:// and the like stay as they are."""
+    from etils import epath
+
+    text = os.fspath(directory)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+@functools.cache
+def step_names():
+    import orbax.checkpoint as ocp
+
+    return ocp.path.step.standard_name_format(step_prefix=_STEP_PREFIX)
+
+
+def step_path(root, step: int):
+    return root / step_names().build_name(step)
+
+
+def one_line(error: BaseException) -> str:
+    """The root of an exception in one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES_IN_MESSAGE]) + (", ..." if len(names) > _NAMES_IN_MESSAGE else "")
+
+
+class _OrbaxFilter(logging.Filter):
+    """Drops what Orbax says in passing, and the tracebacks of errors that are raised and reported here anyway."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname or (record.levelno >= logging.ERROR and not record.exc_info)
+
+
+@functools.cache
+def quiet_orbax() -> None:
+    from absl import logging as absl_logging
+
+    absl_logging.get_absl_logger().addFilter(_OrbaxFilter())
+    others = sys.unraisablehook
+
+    def hook(unraisable):
+        # After one failed read Orbax closes its event loop, and every read that was under way complains about that.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            others(unraisable)
+
+    sys.unraisablehook = hook
