@@ -1,0 +1,122 @@
+"""What a corpus is to the rest of the pipeline: named documents in two splits, read shard by shard."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+from experiments.errors import UserError
+
+Split = Literal["train", "validation"]
+_HASH_RANGE = 2**64
+
+
+class Document(NamedTuple):
+    """A text that is modelled on its own; `name` says where it came from."""
+
+    name: str
+    text: str
+
+
+class Source(Protocol):
+    """A corpus. It must be picklable: streaming workers read their own copy."""
+
+    @property
+    def identity(self) -> str:
+        """A hash that changes when the documents do. Cheap: large files count by path, size and time of change."""
+        ...
+
+    def num_shards(self, split: Split) -> int:
+        """Parts that can be read apart from each other, such as files."""
+        ...
+
+    def read(self, split: Split, shard: int) -> Iterator[Document]:
+        """The documents of one shard, always in the same order. UserError names the file and line that is bad."""
+        ...
+
+
+def documents(source: Source, split: Split) -> Iterator[Document]:
+    """All documents of a split, in order."""
+    for shard in range(source.num_shards(split)):
+        yield from source.read(split, shard)
+
+
+class FileSource:
+    """Files that `read_file` turns into documents; some documents are held out for validation.
+
+    With `validation_paths` those files are held out. Without, a document is held out by the hash of its text, so that
+    the split is the same on every machine and copies of a document never end up on both sides.
+    """
+
+    def __init__(
+        self,
+        paths: tuple[str, ...],
+        validation_paths: tuple[str, ...],
+        validation_fraction: float,
+        settings: Any,
+        read_file: Callable[[pathlib.Path], Iterator[Document]],
+    ):
+        """`settings` are the other fields of the config: what else decides about the documents. JSON-serialisable."""
+        held_out = find_files("validation_paths", validation_paths) if validation_paths else []
+        everything = find_files("paths", paths)
+        # A file that both name is held out.
+        self._files = {"train": [p for p in everything if p not in held_out], "validation": held_out or everything}
+        if not self._files["train"]:
+            raise UserError("data.source.validation_paths: they hold out every file of data.source.paths")
+        self._fraction = None if held_out else validation_fraction
+        self._read_file = read_file
+        files = {split: [file_identity(p) for p in files] for split, files in self._files.items()}
+        content = json.dumps([files, self._fraction, settings], sort_keys=True)
+        self.identity = hashlib.sha256(content.encode()).hexdigest()
+
+    def num_shards(self, split: Split) -> int:
+        return 0 if split == "validation" and self._fraction == 0 else len(self._files[split])
+
+    def read(self, split: Split, shard: int) -> Iterator[Document]:
+        for document in self._read_file(self._files[split][shard]):
+            if self._fraction is None or is_held_out(document.text, self._fraction) == (split == "validation"):
+                yield document
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether the hash of a document falls among the lowest `fraction` of all hashes."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < fraction * _HASH_RANGE
+
+
+def check_fraction(fraction: float) -> None:
+    """UserError unless a share of documents makes sense."""
+    if not 0 <= fraction < 1:
+        raise UserError(f"data.source.validation_fraction={fraction}: must be at least 0 and below 1")
+
+
+def find_files(field: str, patterns: Sequence[str]) -> list[pathlib.Path]:
+    """Files that the globs match, sorted, each once. UserError for a pattern that matches none."""
+    if isinstance(patterns, str) or not patterns:
+        raise UserError(f"data.source.{field}={patterns!r}: give a tuple of one or more files or globs")
+    found = set()
+    for pattern in patterns:
+        matches = [
+            p for p in glob.glob(str(pathlib.Path(pattern).expanduser()), recursive=True) if pathlib.Path(p).is_file()
+        ]
+        if not files:
+            raise UserError(f"data.source.{field}={pattern!r}: no such file (the pattern matches nothing)")
+        found |= files
+    return sorted(found)
+
+
+def file_identity(path: pathlib.Path) -> list[Any]:
+    """Changes when the file is replaced or written to."""
+    stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns]
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning the first time; corpora are read several times."""
+    logging.getLogger(__name__).warning(message)
