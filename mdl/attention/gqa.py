@@ -1,0 +1,69 @@
+"""Grouped-query attention with rotary positions (arXiv 2305.13245), as in Llama and Qwen3."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mdl.attention.cache import Cache, write
+from mdl.attention.core import Context, attend
+from mdl.linear import Init, Linear
+from mdl.norm import RmsNorm
+from mdl.rope import AnyRope, RopeConfig, apply_rotary
+
+
+class Gqa(nnx.Module):
+    """x_BTD -> o_BTD; key-value head z serves query heads z * N/Z to (z + 1) * N/Z - 1."""
+
+    def __init__(self, config: "GqaConfig", hidden_size: int, *, eps: float, init: Init):
+        D, N, Z, K = hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.config = config
+        self.q_proj = Linear("BTD,DNK->BTNK", (D, N, K), ("embed", "heads", None), init=init)
+        self.k_proj = Linear("BTD,DZK->BTZK", (D, Z, K), ("embed", "heads", None), init=init)
+        self.v_proj = Linear("BTD,DZK->BTZK", (D, Z, K), ("embed", "heads", None), init=init)
+        self.o_proj = Linear("BTNK,NKD->BTD", (N, K, D), ("heads", None, "embed"), init=init)
+        self.q_norm = RmsNorm(K, eps=eps, init=init) if config.qk_norm else None
+        self.k_norm = RmsNorm(K, eps=eps, init=init) if config.qk_norm else None
+
+    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+        shape = (batch, length, self.config.num_key_value_heads, self.config.head_dim)
+        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        q_BTNK, k_BTZK, v_BTZK = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNK, k_BTZK = self.q_norm(q_BTNK), self.k_norm(k_BTZK)
+        q_BTNK = apply_rotary(q_BTNK, context.rotary, interleaved=False)
+        k_BSZK, v_BSZK = apply_rotary(k_BTZK, context.rotary, interleaved=False), v_BTZK
+        if cache is not None:
+            cache = write(cache, {"k": k_BSZK, "v": v_BSZK}, context.positions_BT)
+            k_BSZK, v_BSZK = cache["k"], cache["v"]
+        o_BTNK = attend(q_BTNK, k_BSZK, v_BSZK, scale=self.config.head_dim**-0.5, context=context)
+        return self.o_proj(o_BTNK), cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GqaConfig:
+    num_attention_heads: int = 4  # query heads N
+    num_key_value_heads: int = 2  # key-value heads Z; divides num_attention_heads
+    head_dim: int = 64  # width K of a head
+    qk_norm: bool = False  # RMSNorm of every query and key head before the rotation (Qwen3)
+    rope: AnyRope = dataclasses.field(default_factory=RopeConfig)  # rotary frequencies
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads={self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary pairs need an even number")
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim
+
+    def build(self, hidden_size: int, *, eps: float, init: Init) -> Gqa:
+        return Gqa(self, hidden_size, eps=eps, init=init)

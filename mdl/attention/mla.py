@@ -1,0 +1,101 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; V3 report, section 2.1.1)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mdl import sharding
+from mdl.attention.cache import Cache, write
+from mdl.attention.core import Context, attend
+from mdl.linear import Init, Linear
+from mdl.norm import RmsNorm
+from mdl.rope import AnyRope, RopeConfig, apply_rotary
+
+LATENT_NORM_EPS = 1e-6  # the published code fixes it, whatever rms_norm_eps says
+
+
+class Mla(nnx.Module):
+    """x_BTD -> o_BTD through a latent of C numbers per token and one rotary key of R numbers shared by all heads.
+
+    The cache holds the normed latent and the rotated shared key: C + R numbers per token.
+    """
+
+    def __init__(self, config: "MlaConfig", hidden_size: int, *, init: Init):
+        D, N, Q, C = hidden_size, config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
+        H, R, U = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.config = config
+        if Q is None:
+            self.q_proj = Linear("BTD,DNK->BTNK", (D, N, H + R), ("embed", "heads", None), init=init)
+        else:
+            self.q_a_proj = Linear("BTD,DQ->BTQ", (D, Q), ("embed", None), init=init)
+            self.q_a_norm = RmsNorm(Q, eps=LATENT_NORM_EPS, init=init)
+            self.q_b_proj = Linear("BTQ,QNK->BTNK", (Q, N, H + R), (None, "heads", None), init=init)
+        self.kv_a_proj = Linear("BTD,DC->BTC", (D, C + R), ("embed", None), init=init)
+        self.kv_a_norm = RmsNorm(C, eps=LATENT_NORM_EPS, init=init)
+        self.kv_b_proj = Linear("BSC,CNK->BSNK", (C, N, H + U), (None, "heads", None), init=init)
+        self.o_proj = Linear("BTNU,NUD->BTD", (N, U, D), ("heads", None, "embed"), init=init)
+
+    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+        C, R = self.config.kv_lora_rank, self.config.qk_rope_head_dim
+        return {"latent": jnp.zeros((batch, length, C), dtype), "rotary_key": jnp.zeros((batch, length, R), dtype)}
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        c = self.config
+        q_BTNK = self.q_proj(x_BTD) if c.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BTD)))
+        q_BTNH, q_BTNR = jnp.split(q_BTNK, [c.qk_nope_head_dim], axis=-1)
+        q_BTNR = apply_rotary(q_BTNR, context.rotary, interleaved=c.rope_interleave)
+
+        latent_BSC, k_BSR = jnp.split(self.kv_a_proj(x_BTD), [c.kv_lora_rank], axis=-1)
+        latent_BSC = self.kv_a_norm(latent_BSC)
+        k_BSR = apply_rotary(k_BSR[:, :, None, :], context.rotary, interleaved=c.rope_interleave)[:, :, 0, :]
+        if cache is not None:
+            cache = write(cache, {"latent": latent_BSC, "rotary_key": k_BSR}, context.positions_BT)
+            latent_BSC, k_BSR = cache["latent"], cache["rotary_key"]
+
+        k_BSNH, v_BSNU = jnp.split(self.kv_b_proj(latent_BSC), [c.qk_nope_head_dim], axis=-1)
+        k_BSNR = jnp.broadcast_to(
+            k_BSR[:, :, None, :],
+            (*k_BSNH.shape[:3], c.qk_rope_head_dim),
+            out_sharding=sharding.optional_sharding(sharding.spec("batch", None, "heads", None)),
+        )
+        o_BTNU = attend(
+            jnp.concatenate([q_BTNH, q_BTNR], axis=-1),
+            jnp.concatenate([k_BSNH, k_BSNR], axis=-1),
+            v_BSNU,
+            scale=c.softmax_scale,
+            context=context,
+        )
+        return self.o_proj(o_BTNU), cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlaConfig:
+    num_attention_heads: int = 4  # heads N
+    q_lora_rank: int | None = 96  # width Q of the query latent; none projects queries directly (V2-Lite)
+    kv_lora_rank: int = 64  # width C of the key-value latent, which is what the cache holds
+    qk_nope_head_dim: int = 32  # query-key width H without rotation, per head
+    qk_rope_head_dim: int = 16  # rotary query-key width R; the key part is shared by all heads
+    v_head_dim: int = 32  # value width U per head
+    rope_interleave: bool = True  # rotary pairs are (2i, 2i+1) as in published weights, not (i, i + R/2)
+    rope: AnyRope = dataclasses.field(default_factory=RopeConfig)  # rotary frequencies
+
+    def __post_init__(self):
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary pairs need an even number")
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """1 / sqrt(H + R), times YaRN's mscale squared."""
+        return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * self.rope.softmax_factor
+
+    def build(self, hidden_size: int, *, eps: float, init: Init) -> Mla:
+        del eps  # MLA's own norms have a fixed epsilon
+        return Mla(self, hidden_size, init=init)

@@ -1,0 +1,48 @@
+"""One pre-norm transformer layer."""
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from mdl.attention.cache import Cache
+from mdl.attention.core import Context
+from mdl.attention.gqa import GqaConfig
+from mdl.attention.mla import MlaConfig
+from mdl.linear import Init
+from mdl.mlp import Mlp, MlpConfig
+from mdl.moe.moe import Moe, MoeConfig
+from mdl.norm import RmsNorm
+
+AttentionConfig = MlaConfig | GqaConfig
+
+
+class BlockStats(NamedTuple):
+    """What a mixture-of-experts layer reports: tokens per expert, and the balance loss summed over rows."""
+
+    load_E: jax.Array
+    balance_loss: jax.Array
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the mlp is dense or a mixture of experts."""
+
+    def __init__(
+        self, attention: AttentionConfig, mlp: MlpConfig | MoeConfig, hidden_size: int, *, eps: float, init: Init
+    ):
+        self.attention_norm = RmsNorm(hidden_size, eps=eps, init=init)
+        self.attention = attention.build(hidden_size, eps=eps, init=init)
+        self.mlp_norm = RmsNorm(hidden_size, eps=eps, init=init)
+        self.mlp: Mlp | Moe = mlp.build(hidden_size, init=init)
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: Cache | None = None
+    ) -> tuple[jax.Array, BlockStats | None, Cache | None]:
+        attended_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
+        x_BTD = x_BTD + attended_BTD
+        normed_BTD = self.mlp_norm(x_BTD)
+        if isinstance(self.mlp, Mlp):
+            return x_BTD + self.mlp(normed_BTD), None, cache
+        valid_BT = None if context.segment_ids_BT is None else context.segment_ids_BT > 0
+        y_BTD, routing = self.mlp(normed_BTD, valid_BT)
+        return x_BTD + y_BTD, BlockStats(routing.load_E, routing.balance_loss), cache

@@ -1,0 +1,122 @@
+"""The training objective: next-token cross-entropy, MTP, balance and z-loss, as sums over the batch and global counts.
+
+Every term is a sum over tokens (or rows) divided by a count over the whole optimizer step, so that any split into micro-batches
+and devices gives the same loss and gradient.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas import linear_cross_entropy
+from mdl import sharding
+from mdl.transformer import Transformer, shift_left
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """lambda of the MTP loss (V3 report, eq. 25), alpha of the balance loss (eq. 17), weight of the z-loss."""
+
+    mtp: Any = 0.0
+    balance: Any = 0.0
+    z: float = 0.0
+
+
+class Counts(NamedTuple):
+    """What the sums are divided by, over the whole optimizer step."""
+
+    targets: jax.Array  # valid next-token targets
+    mtp_targets: tuple[jax.Array, ...]  # valid targets of each MTP depth
+    rows: jax.Array  # rows with any token
+
+
+class Terms(NamedTuple):
+    """The loss and its parts; each a mean over the counts once summed over micro-batches. `loads` feeds the router biases."""
+
+    loss: jax.Array
+    main: jax.Array
+    mtp: tuple[jax.Array, ...]
+    balance: jax.Array
+    z: jax.Array
+    loads: dict[str, jax.Array]
+
+
+def targets_at_depth(tokens: jax.Array, segment_ids: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
+    """From [..., T + 1]: token t + 1 + depth and whether it counts, [..., T] each.
+
+    A target counts if t to t + 1 + depth lie in one document; padding (segment 0) never does.
+    """
+    ahead, valid = segment_ids, segment_ids > 0
+    for _ in range(1 + depth):
+        tokens, ahead = shift_left(tokens), shift_left(ahead)
+        valid &= ahead == segment_ids
+    return tokens[..., :-1], valid[..., :-1]
+
+
+def count_targets(segment_ids_ABT: jax.Array, mtp_depth: int) -> Counts:
+    """Counts of a whole step from its segment ids [A, B, T + 1]; each at least 1."""
+
+    def valid(depth: int) -> jax.Array:
+        return at_least_one(targets_at_depth(segment_ids_ABT, segment_ids_ABT, depth)[1])
+
+    def at_least_one(flags: jax.Array) -> jax.Array:
+        return jnp.maximum(jnp.sum(flags, dtype=jnp.float32), 1)
+
+    rows = at_least_one(jnp.any(segment_ids_ABT > 0, axis=-1))
+    return Counts(valid(0), tuple(valid(k + 1) for k in range(mtp_depth)), rows)
+
+
+def cross_entropy(
+    model: Transformer, hidden_BTD: jax.Array, target_BT: jax.Array, valid_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over valid targets of -log p(target) and of log(Z)^2, without ever holding [B, T, V] logits."""
+
+    def sums(hidden_btD, w_Dv, target_bt, valid_bt):
+        split = sharding.mesh_is_set()
+        nll, z = linear_cross_entropy(
+            hidden_btD.reshape(-1, hidden_btD.shape[-1]),
+            w_Dv,
+            target_bt.reshape(-1),
+            valid_bt.reshape(-1),
+            axis_name="tensor" if split else None,
+        )
+        return jax.lax.psum((nll, z), sharding.ROWS) if split else (nll, z)
+
+    rows = sharding.spec("batch", None)
+    return sharding.local(
+        sums,
+        in_specs=(sharding.spec("batch", None, None), sharding.gathered("embed", "vocab"), rows, rows),
+        out_specs=(P(), P()),
+        vary=sharding.ROWS,  # along `tensor` only the vocabulary is split; the op sums over it
+    )(hidden_BTD, model.head_weight(), target_BT, valid_BT.astype(model.precision.logits_dtype))
+
+
+def loss_terms(
+    model: Transformer,
+    batch: dict[str, jax.Array],
+    weights: LossWeights,
+    counts: Counts,
+) -> Terms:
+    """The loss of one micro-batch {tokens, segment_ids, positions}, each [B, T + 1], already divided by the step's counts."""
+    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    inputs = (batch["positions"][:, :-1], segment_ids[:, :-1])
+    output = model(tokens[:, :-1], *inputs)
+
+    nll, z = cross_entropy(model, output.hidden_BTD, *targets_at_depth(tokens, segment_ids, 0))
+    main, z = nll / counts.targets, z / counts.targets
+    stats = {"stack": output.stats}
+    mtp = []
+    for k, (hidden_BTD, module_stats) in enumerate(model.predict_ahead(output.hidden_BTD, tokens[:, 1:], *inputs)):
+        nll, _ = cross_entropy(model, hidden_BTD, *targets_at_depth(tokens, segment_ids, k + 1))
+        mtp.append(nll / counts.mtp_targets[k])
+        stats[f"mtp_{k}"] = module_stats
+    with_experts = {name: block for name, block in stats.items() if block is not None}
+    balance = sum((block.balance_loss for block in with_experts.values()), jnp.float32(0)) / counts.rows
+
+    loss = main + weights.z * z + weights.balance * balance
+    if mtp:
+        loss += weights.mtp * sum(mtp) / len(mtp)
+    return Terms(loss, main, tuple(mtp), balance, z, {name: block.load_E for name, block in with_experts.items()})

@@ -1,0 +1,111 @@
+"""The mesh, the logical axis names of parameters, and the table that maps one to the other.
+
+All mesh axes are Explicit: shardings are part of array types, and a mistake fails while tracing. Code that must see local
+shards (kernels, expert dispatch, the loss) enters `shard_map` through `local`, the only place that does.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")  # mesh axes over which batch rows are split
+
+# Logical axis of a parameter or activation -> mesh axes. Ordered, one line each; absent means replicated.
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": ROWS,
+    "vocab": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "experts": "expert",
+    "embed": "fsdp",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be None and takes what is left."""
+
+    data: int | None = None  # pure data parallelism: parameters replicated
+    fsdp: int | None = 1  # rows and parameters split, parameters gathered where they are used
+    expert: int | None = 1  # rows and experts split
+    tensor: int | None = 1  # heads, feed-forward and vocabulary split
+
+    def __post_init__(self):
+        sizes = [getattr(self, axis) for axis in AXES]
+        if sizes.count(None) > 1:
+            raise ValueError("at most one mesh axis may be none (it takes the remaining devices)")
+        for axis, size in zip(AXES, sizes, strict=True):
+            if size is not None and size < 1:
+                raise ValueError(f"mesh.{axis} is {size}; it must be at least 1")
+
+    def shape(self, num_devices: int) -> tuple[int, int, int, int]:
+        """Sizes of (data, fsdp, expert, tensor) on `num_devices` devices; ValueError if they do not multiply up."""
+        sizes = [getattr(self, axis) for axis in AXES]
+        known = 1
+        for size in sizes:
+            known *= size or 1
+        if num_devices % known or (None not in sizes and known != num_devices):
+            spelled = " x ".join(
+                f"{axis}={'rest' if size is None else size}" for axis, size in zip(AXES, sizes, strict=True)
+            )
+            raise ValueError(
+                f"mesh {spelled} does not fit {num_devices} devices; set one mesh axis to none or change a size"
+            )
+        data, fsdp, expert, tensor = (num_devices // known if size is None else size for size in sizes)
+        return data, fsdp, expert, tensor
+
+    def build(self, devices: list[Any] | None = None) -> Mesh:
+        devices = jax.devices() if devices is None else devices
+        return jax.make_mesh(
+            self.shape(len(devices)), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices
+        )
+
+
+def spec(*logical: str | None) -> P:
+    """PartitionSpec of an array whose dims have these logical names."""
+    return P(*(RULES.get(name) if name else None for name in logical))
+
+
+def gathered(*logical: str | None) -> P:
+    """Spec of a parameter where it is used: split as stored, but whole along the row axes (FSDP gathers it)."""
+    return P(*(None if RULES.get(name or "") == "fsdp" else RULES.get(name or "") for name in logical))
+
+
+def mesh_is_set() -> bool:
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def optional_sharding(partition: P) -> P | None:
+    """`partition` under a mesh, None without one (a plain single-device call, in a notebook say)."""
+    return partition if mesh_is_set() else None
+
+
+def reshard(x: jax.Array, partition: P) -> jax.Array:
+    return jax.sharding.reshard(x, partition) if mesh_is_set() else x
+
+
+def axis_size(axis: str) -> int:
+    """Devices along a mesh axis; 1 without a mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def local(fn: Callable, in_specs: Any, out_specs: Any, *, vary: tuple[str, ...] = AXES) -> Callable:
+    """Wraps `fn` to run on local shards, by `shard_map` under a mesh and plainly without one.
+
+    Inside, every input varies over the axes `vary`, so a cotangent always has its primal's type, and the sum of partial gradients
+    over the axes along which an input is replicated comes from the transpose of `pcast`. An output must be made equal (psum) along
+    the axes that `out_specs` leaves out.
+    """
+    if not mesh_is_set():
+        return fn
+
+    def varying(x: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in vary if axis not in jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.shard_map(lambda *args: fn(*jax.tree.map(varying, args)), in_specs=in_specs, out_specs=out_specs)

@@ -1,0 +1,202 @@
+"""The language model: embedding, an unrolled prefix of dense layers, a scanned stack of equal layers, norm, head, MTP modules."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mdl import sharding
+from mdl.attention.cache import Cache
+from mdl.attention.core import Context
+from mdl.attention.mla import MlaConfig
+from mdl.block import AttentionConfig, Block, BlockStats
+from mdl.linear import Init, einsum
+from mdl.mlp import MlpConfig
+from mdl.moe.moe import MoeConfig
+from mdl.mtp import MtpConfig, MtpModule
+from mdl.norm import RmsNorm
+from mdl.precision import PrecisionConfig
+from mdl.rope import rotary_tables
+
+Remat = Literal["none", "dots", "full"]
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": None,  # jax.checkpoint's own default: keep a layer's input only
+}
+
+
+class Output(NamedTuple):
+    hidden_BTD: jax.Array  # after the final norm
+    stats: BlockStats | None  # load_E stacked over mixture-of-experts layers [L, E], balance_loss summed over them
+    cache: dict[str, Any] | None
+
+
+class Transformer(nnx.Module):
+    """Decoder-only language model. `stack` holds its layers' parameters with a leading layer axis."""
+
+    def __init__(self, config: "TransformerConfig", *, rngs: nnx.Rngs):
+        self.config = config
+        self.precision = config.precision
+        D, V, eps = config.hidden_size, config.vocab_size, config.rms_norm_eps
+        init = Init(rngs, config.initializer_range, config.precision)
+
+        def block(init: Init, mlp: MlpConfig | MoeConfig) -> Block:
+            return Block(config.attention, mlp, D, eps=eps, init=init)
+
+        deep = config.moe or config.mlp
+        self.embedding = init.normal((V, D), ("vocab", "embed"))
+        self.prefix = nnx.Dict({str(i): block(init, config.mlp) for i in range(config.num_prefix_layers)})
+        self.stack = nnx.vmap(lambda key: block(dataclasses.replace(init, rngs=nnx.Rngs(params=key)), deep))(
+            jax.random.split(rngs.params(), config.num_hidden_layers - config.num_prefix_layers)
+        )
+        self.final_norm = RmsNorm(D, eps=eps, init=init)
+        self.head = None if config.tie_word_embeddings else init.normal((D, V), ("embed", "vocab"))
+        depth = config.mtp.num_nextn_predict_layers if config.mtp else 0
+        self.mtp = nnx.Dict({str(k): MtpModule(block(init, deep), D, eps=eps, init=init) for k in range(depth)})
+
+    # --- pieces, each usable alone -------------------------------------------------------------------------------------------
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        table_VD = self.embedding[...].astype(self.precision.compute_dtype)
+        table_VD = sharding.reshard(table_VD, sharding.gathered(*self.embedding.axes))
+        return table_VD.at[tokens_BT].get(
+            out_sharding=sharding.optional_sharding(sharding.spec("batch", None, None)), mode="clip"
+        )
+
+    def head_weight(self) -> jax.Array:
+        """w_DV in the compute dtype, gathered over the row axes."""
+        weight = self.embedding if self.head is None else self.head
+        w = sharding.reshard(weight[...].astype(self.precision.compute_dtype), sharding.gathered(*weight.axes))
+        return w.T if self.head is None else w
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Scores of every token of the vocabulary, [B, T, V] in the logits dtype; training never calls this."""
+        precision = dataclasses.replace(self.precision, compute=self.precision.logits)
+        return einsum("BTD,DV->BTV", hidden_BTD, self.head_weight(), precision)
+
+    def context(self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None) -> Context:
+        attention = self.config.attention
+        return Context(positions_BT, segment_ids_BT, rotary_tables(attention.rope, attention.rotary_dim, positions_BT))
+
+    def empty_cache(self, batch: int, length: int) -> dict[str, Any]:
+        """One buffer per layer; those of the stack have a leading layer axis."""
+        one = self.stack.attention.empty_cache(batch, length, self.precision.compute_dtype)
+        depth = self.config.num_hidden_layers - self.config.num_prefix_layers
+        return {
+            "prefix": {i: jax.tree.map(jnp.copy, one) for i in self.prefix},
+            "stack": jax.tree.map(lambda buffer: jnp.zeros((depth, *buffer.shape), buffer.dtype), one),
+        }
+
+    # --- the whole -----------------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        cache: dict[str, Any] | None = None,
+    ) -> Output:
+        """Hidden states of a packed batch (segment_ids_BT given), or of the next tokens of cached rows (cache given)."""
+        if (segment_ids_BT is None) == (cache is None):
+            raise ValueError("give segment_ids_BT (packed rows) or cache (generation), one of the two")
+        context = self.context(positions_BT, segment_ids_BT)
+        x_BTD = self.embed(tokens_BT)
+        prefix_cache: dict[str, Cache | None] = {}
+        for i, layer in self.prefix.items():
+            run = _remat(lambda x_BTD, cache, layer=layer: layer(x_BTD, context, cache), self.config.remat)
+            x_BTD, _, prefix_cache[i] = run(x_BTD, cache and cache["prefix"][i])
+        x_BTD, stats, stack_cache = self._run_stack(x_BTD, context, cache and cache["stack"])
+        if stats is not None:
+            stats = BlockStats(stats.load_E, jnp.sum(stats.balance_loss))
+        new_cache = None if cache is None else {"prefix": prefix_cache, "stack": stack_cache}
+        return Output(self.final_norm(x_BTD), stats, new_cache)
+
+    def _run_stack(
+        self, x_BTD: jax.Array, context: Context, cache: Cache | None
+    ) -> tuple[jax.Array, BlockStats | None, Cache | None]:
+        graph, state = nnx.split(self.stack)
+
+        def layer(x_BTD, layer_state_and_cache):
+            layer_state, layer_cache = layer_state_and_cache
+            x_BTD, stats, layer_cache = nnx.merge(graph, layer_state)(x_BTD, context, layer_cache)
+            return x_BTD, (stats, layer_cache)
+
+        layer = _remat(layer, self.config.remat, scanned=self.config.scan_layers)
+        if self.config.scan_layers:
+            x_BTD, (stats, cache) = jax.lax.scan(layer, x_BTD, (state, cache))
+            return x_BTD, stats, cache
+        outputs = []
+        for i in range(self.config.num_hidden_layers - self.config.num_prefix_layers):
+            x_BTD, output = layer(x_BTD, jax.tree.map(lambda leaf, i=i: leaf[i], (state, cache)))
+            outputs.append(output)
+        stats, cache = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+        return x_BTD, stats, cache
+
+    def predict_ahead(
+        self, hidden_BTD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    ) -> list[tuple[jax.Array, BlockStats | None]]:
+        """Hidden states of each MTP module: entry k - 1 at position t predicts token t + 1 + k.
+
+        tokens_BT holds at t the token t + 1; the last k positions of depth k have no input and must be masked by the caller.
+        """
+        context = self.context(positions_BT, segment_ids_BT)
+        ahead = []
+        for module in self.mtp.values():
+            run = _remat(lambda h_BTD, e_BTD, module=module: module(h_BTD, e_BTD, context), self.config.remat)
+            hidden_BTD, stats = run(hidden_BTD, self.embed(tokens_BT))
+            ahead.append((hidden_BTD, stats))
+            tokens_BT = shift_left(tokens_BT)
+        return ahead
+
+
+def shift_left(x: jax.Array) -> jax.Array:
+    """x at t + 1 along the last dim; the last position gets 0."""
+    return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
+
+
+def _remat(fn: Callable, remat: Remat, *, scanned: bool = False) -> Callable:
+    # Inside a scan nothing can merge the recomputation with the first pass, so the barriers against that are left out.
+    if remat == "none":
+        return fn
+    return jax.checkpoint(fn, policy=REMAT_POLICIES[remat], prevent_cse=not scanned)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    vocab_size: int = 4096  # tokens V that embedding and head can tell apart; at least the tokenizer's
+    hidden_size: int = 256  # width D of the residual stream
+    num_hidden_layers: int = 4  # layers L, MTP modules not counted
+    max_position_embeddings: int = 2048  # longest sequence
+    attention: AttentionConfig = dataclasses.field(default_factory=MlaConfig)  # attention of every layer
+    mlp: MlpConfig = dataclasses.field(default_factory=MlpConfig)  # feed-forward network of dense layers
+    moe: MoeConfig | None = dataclasses.field(
+        default_factory=MoeConfig
+    )  # feed-forward of the other layers; none: all dense
+    first_k_dense_replace: int = 1  # leading layers that stay dense when the others are mixtures of experts
+    mtp: MtpConfig | None = None  # multi-token-prediction modules
+    rms_norm_eps: float = 1e-6  # epsilon of the layer norms
+    initializer_range: float = 0.006  # standard deviation of every initial matrix
+    tie_word_embeddings: bool = False  # the head is the transposed embedding
+    precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)  # dtypes
+    scan_layers: bool = True  # one compiled layer for the whole stack; off: unrolled, same numbers to rounding
+    remat: Remat = "none"  # recompute in the backward pass: nothing | all but matrix products | everything
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.moe and not 0 <= self.first_k_dense_replace < self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace={self.first_k_dense_replace} must be below num_hidden_layers={self.num_hidden_layers}"
+                " (moe=none for an all-dense model)"
+            )
+
+    @property
+    def num_prefix_layers(self) -> int:
+        return self.first_k_dense_replace if self.moe else 0
+
+    def build(self, rngs: nnx.Rngs) -> Transformer:
+        return Transformer(self, rngs=rngs)
