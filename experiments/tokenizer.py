@@ -87,7 +87,7 @@ class Tokenizer:
         def count(token_id: int) -> int:
             if token_id in added:
                 return 0 if added[token_id].special else len(added[token_id].content.encode())
-            token = self._raw.id_to_token(token_id)
+            token = self._raw.id_to_token(token_id) or ""  # vocabularies may have holes
             if byte_level and alphabet.issuperset(token):
                 return len(token)
             if len(token) == 6 and token.startswith("<0x"):  # byte fallback

@@ -47,9 +47,8 @@ def build_once(
         with _lock(final) as locked:
             return _build_locked(final, locked, build, load)
     except OSError as error:
-        raise UserError(
-            f"data.cache_dir: cannot write {final} ({error.strerror or error}); set data.cache_dir"
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"data.cache_dir: cannot write {final} ({reason}); set another directory") from error
 
 
 def _build_locked(

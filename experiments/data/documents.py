@@ -101,9 +101,8 @@ def find_files(field: str, patterns: Sequence[str]) -> list[pathlib.Path]:
         raise UserError(f"data.source.{field}={patterns!r}: give a tuple of one or more files or globs")
     found = set()
     for pattern in patterns:
-        matches = [
-            p for p in glob.glob(str(pathlib.Path(pattern).expanduser()), recursive=True) if pathlib.Path(p).is_file()
-        ]
+        matches = map(pathlib.Path, glob.glob(str(pathlib.Path(pattern).expanduser()), recursive=True))
+        files = {path.absolute() for path in matches if path.is_file()}
         if not files:
             raise UserError(f"data.source.{field}={pattern!r}: no such file (the pattern matches nothing)")
         found |= files

@@ -106,7 +106,7 @@ class Data:
         )
         self._config, self._seq_len, self._seed = config, seq_len, seed
         self._process_index, self._process_count = process_index, process_count
-        self._sources: list[Source] = [member.build() for member in members]
+        self._sources: Sequence[Source] = [member.build() for member in members]
         for source in self._sources:
             _check_not_empty(source)
         cache_dir = pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
