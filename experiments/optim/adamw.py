@@ -19,7 +19,7 @@ from experiments.optim.schedule import Schedule, ScheduleConfig, WsdConfig
 class Optimizer(NamedTuple):
     """What an optimizer config builds.
 
-    `init(params) -> state`; `update(grads, state, params, *, learning_rate, grad_norm) -> (updates, state)`. The updates
+    `init(params) -> state`; `update(grads, state, params, *, learning_rate, grad_norm) -> (updates, state)`. Updates
     are added by `optax.apply_updates`; `grad_norm` is the global norm of `grads`, which the step logs anyway.
     """
 
