@@ -6,6 +6,7 @@ caller adds, and the shape and dtype of every array). Reading alone, in `checkpo
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable
 from concurrent import futures
 from typing import Self
@@ -32,8 +33,6 @@ __all__ = ["CheckpointConfig", "Checkpointer", "Restored", "read_config", "resto
 
 # JAX and Orbax are imported where they are used: the command line reads CheckpointConfig before it needs either.
 
-_WRITE_TIMEOUT_SECONDS = 3600
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -57,31 +56,32 @@ class Checkpointer:
 
     Use it in `with`: leaving the block, for whatever reason, waits for the save in flight. A failed save (full disk) is
     reported once through `warn` and training may go on; if the last one failed, leaving the block raises UserError.
+    With several processes a failed save raises at once: the others wait for this one and could not go on.
     """
 
     def __init__(self, directory, config: CheckpointConfig, *, warn: Callable[[str], None] = print_warning):
-        import orbax.checkpoint as ocp
-        from orbax.checkpoint import checkpoint_managers as policies
-
         quiet_orbax()
         self._config = config
         self._warn = warn
         self._directory = local_absolute(directory)
-        keep = [policies.LatestN(config.keep_last)]
-        if config.keep_every is not None:
-            keep.append(policies.EveryNSteps(config.keep_every))
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                step_name_format=step_names(),
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(timeout_secs=_WRITE_TIMEOUT_SECONDS),
-            ),
-        )
+        self._manager = self._open()
         self._waiter = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint_waiter")
         self._in_flight: tuple[int, futures.Future] | None = None
         self._failure: str | None = None
+
+    def _open(self):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers as policies
+
+        _remove_unfinished(self._directory)
+        keep = [policies.LatestN(self._config.keep_last)]
+        if self._config.keep_every is not None:
+            keep.append(policies.EveryNSteps(self._config.keep_every))
+        options = ocp.CheckpointManagerOptions(
+            step_name_format=step_names(),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+        )
+        return ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> Self:
         return self
@@ -90,6 +90,7 @@ class Checkpointer:
         self.check(wait=True)
         self._waiter.shutdown()
         self._manager.close()
+        _remove_unfinished(self._directory)
         if self._failure is not None and exc_type is None:
             raise UserError(self._failure)
 
@@ -146,9 +147,6 @@ class Checkpointer:
         if error is None:
             self._failure = None
         else:
-            # Orbax raises once in each thread; this one has heard it already.
-            with contextlib.suppress(BaseException):
-                self._manager.wait_until_finished()
             self._report(step, error)
 
     def restore(self, step: int, abstract_state, *, cast: bool = False) -> Restored:
@@ -173,14 +171,20 @@ class Checkpointer:
         return restored
 
     def _report(self, step: int, error: BaseException) -> None:
-        _remove_unfinished(self._directory, step)
-        self._manager.reload()
-        kept = self.latest_step()
+        import jax
+
+        # Orbax would raise what is left of this failure in later saves. Begin afresh.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        kept = max(saved_steps(self._directory), default=None)
         self._failure = (
             f"{self._directory}: the checkpoint of step {step} could not be written ({one_line(error)}); "
             + ("no earlier one exists" if kept is None else f"the last good one is step {kept}")
         )
+        if jax.process_count() > 1:
+            raise UserError(self._failure) from error
         self._warn(self._failure)
+        self._manager = self._open()
 
 
 def _rename_aside(root, steps: list[int]) -> None:
@@ -195,11 +199,15 @@ def _rename_aside(root, steps: list[int]) -> None:
     multihost_utils.sync_global_devices("renamed damaged checkpoints")
 
 
-def _remove_unfinished(root, step: int) -> None:
+def _remove_unfinished(root) -> None:
+    """Removes what a killed run or a failed save left. Writers of a failed save may live a little longer than it."""
     import jax
 
-    if jax.process_index() == 0:
-        for path in root.glob(f"{step_path(root, step).name}.orbax-checkpoint-tmp*"):
-            # Other writers of the failed save may still be at work; the next start cleans up what they leave.
+    if jax.process_index() != 0:
+        return
+    for path in root.glob("*.orbax-checkpoint-tmp*"):
+        for _ in range(10):
             with contextlib.suppress(OSError):
-                path.rmtree()
+                path.rmtree(missing_ok=True)
+                break
+            time.sleep(0.1)

@@ -8,7 +8,10 @@ import functools
 import json
 import logging
 import os
+import re
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -259,9 +262,11 @@ def step_path(root, step: int):
 
 
 def one_line(error: BaseException) -> str:
-    """The root of an exception in one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    """An exception in one line. TensorStore says the kind first, the cause last, and then pages of specification."""
+    text = re.split(r" \[\w+(?:\[\d+\])?=", " ".join(str(error).split()))[0] or type(error).__name__
+    kind, *causes = text.split(": ")
+    text = ": ".join([kind, *causes[-2:]])
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _some(names: list[str]) -> str:
@@ -272,19 +277,26 @@ class _OrbaxFilter(logging.Filter):
     """Drops what Orbax says in passing, and the tracebacks of errors that are raised and reported here anyway."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname or (record.levelno >= logging.ERROR and not record.exc_info)
+        if record.name == "asyncio":  # after one failed read or write, its siblings fail unheard
+            where = traceback.format_exception(record.exc_info[1]) if record.exc_info else []
+            return "orbax" not in "".join([record.getMessage(), *where])
+        return "/orbax/" not in record.pathname or (record.levelno >= logging.ERROR and not record.exc_info)
 
 
 @functools.cache
 def quiet_orbax() -> None:
     from absl import logging as absl_logging
 
-    absl_logging.get_absl_logger().addFilter(_OrbaxFilter())
+    for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
+        logger.addFilter(_OrbaxFilter())
+    # What was under way when a read or write failed complains, when it is collected, that nobody waits for it.
+    warnings.filterwarnings("ignore", r"coroutine 'async_(de)?serialize.* was never awaited", RuntimeWarning)
     others = sys.unraisablehook
 
     def hook(unraisable):
-        # After one failed read Orbax closes its event loop, and every read that was under way complains about that.
-        if str(unraisable.exc_value) != "Event loop is closed":
+        code = getattr(unraisable.object, "cr_code", None)
+        of_orbax = code is not None and "/orbax/" in code.co_filename
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
             others(unraisable)
 
     sys.unraisablehook = hook

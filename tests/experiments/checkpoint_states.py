@@ -1,4 +1,4 @@
-"""Train states without a model: the structure, dtypes and shardings that a trainer has, with values made from a seed."""
+"""Train states without a model: the structure, dtypes and shardings that a trainer has, values from a seed."""
 
 import jax
 import jax.numpy as jnp
