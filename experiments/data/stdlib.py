@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import hashlib
 import pathlib
 import sysconfig
@@ -39,24 +38,13 @@ class Stdlib:
 
     def __init__(self, root: pathlib.Path):
         self._root = root
+        self._documents = list(_read_library(root))
         if not self._documents:
             raise UserError(f"data.source: {root} holds no .py files; use TextFilesConfig with files of your own")
-
-    @functools.cached_property
-    def _documents(self) -> list[Document]:
-        found = []
-        for path in sorted(self._root.rglob("*.py")):
-            name = path.relative_to(self._root)
-            if _LEFT_OUT.isdisjoint(name.parts):
-                found += _read_module(path, name.as_posix())
-        return found
-
-    @functools.cached_property
-    def identity(self) -> str:
         digest = hashlib.sha256()
-        for document in self._documents:
-            digest.update(f"{document.name}\0{len(document.text)}\0{document.text}".encode())
-        return digest.hexdigest()
+        for name, text in self._documents:
+            digest.update(f"{name}\0{len(text)}\0{text}".encode())
+        self.identity = digest.hexdigest()
 
     def num_shards(self, split: Split) -> int:
         del split
@@ -66,12 +54,19 @@ class Stdlib:
         del shard
         return (d for d in self._documents if _is_held_out(d.name) == (split == "validation"))
 
-    def __getstate__(self):
-        return {"_root": self._root}  # workers read the library themselves
+    def __reduce__(self):
+        return Stdlib, (self._root,)  # workers read the library themselves
 
 
 def _is_held_out(name: str) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % _HELD_OUT_ONE_IN == 0
+
+
+def _read_library(root: pathlib.Path) -> Iterator[Document]:
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if _LEFT_OUT.isdisjoint(name.parts):
+            yield from _read_module(path, name.as_posix())
 
 
 def _read_module(path: pathlib.Path, name: str) -> list[Document]:

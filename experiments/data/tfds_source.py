@@ -112,11 +112,8 @@ class TfdsSource:
         fix = "prepare it with --file_format=array_record"
         raise UserError(f"{self._directory}: {file_format} files cannot be read without TensorFlow; {fix}")
 
-    def __getstate__(self):
-        return self._config  # workers open the dataset themselves
-
-    def __setstate__(self, state: TfdsConfig):
-        self.__init__(state)
+    def __reduce__(self):
+        return TfdsSource, (self._config,)  # workers open the dataset themselves
 
 
 def _find_prepared(config: TfdsConfig) -> pathlib.Path:
