@@ -95,9 +95,9 @@ def _sections(cls: type, instance: Any, path: str, above: tuple[type, ...]) -> I
             yield from _sections(type(item), item, item_path, (*above, cls))
         held = {type(item) for _, item in items}
         for name, member in config_classes(hint).items():
-            if member not in held and member not in above and len(options(hint)) > 1:
+            if member not in held and member not in above and (len(options(hint)) > 1 or value is dataclasses.MISSING):
                 (_, other), *deeper = _sections(member, None, inner, (*above, cls))
-                yield f"{inner}={name} has instead:", other
+                yield f"{inner}={name} has{' instead' if held else ''}:", other
                 yield from deeper
 
 

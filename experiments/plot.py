@@ -38,7 +38,7 @@ class Panel(NamedTuple):
 
 _SMALL_PANELS = (
     Panel("validation bits per byte", ("val/bpb", "val/loss")),
-    Panel("expert load: largest over mean, minus 1", ("load/max_violation",), noisy=True),
+    Panel("expert load: max / mean - 1", ("load/max_violation",), noisy=True),
     Panel("gradient norm", ("grad_norm",), noisy=True),
     Panel("learning rate", ("learning_rate",)),
 )
@@ -103,7 +103,7 @@ def plot_runs(runs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
     canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
     canvas.draw()
     picture = PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(128).save(out, optimize=True)  # a palette: noisy curves make a true-colour file three times as big
+    picture.quantize(256).save(out, optimize=True)  # a palette: noisy curves make a true-colour file three times as big
 
 
 def _histories(runs: Sequence[pathlib.Path]) -> History:
