@@ -1,1 +1,16 @@
 """Sharding-free numeric ops, one folder per op; knows nothing of meshes or models."""
+
+from kernels_pallas.expert_mlp.api import expert_mlp
+from kernels_pallas.flash_attention.api import flash_attention
+from kernels_pallas.grouped_gemm.api import grouped_gemm
+from kernels_pallas.linear_cross_entropy.api import CrossEntropyAux, linear_cross_entropy
+from kernels_pallas.select import Unsupported
+
+__all__ = [
+    "CrossEntropyAux",
+    "Unsupported",
+    "expert_mlp",
+    "flash_attention",
+    "grouped_gemm",
+    "linear_cross_entropy",
+]

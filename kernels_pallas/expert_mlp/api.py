@@ -1,0 +1,58 @@
+"""The public routed experts."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.expert_mlp import reference, xla
+from kernels_pallas.select import select
+
+
+def expert_mlp(
+    x_TD: jax.Array,
+    index_TX: jax.Array,
+    weight_TX: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    *,
+    implementation: Literal["reference", "xla"] | None = None,
+) -> jax.Array:
+    """Routed SwiGLU experts: y[t] = sum_x weight[t, x] · expert[index[t, x]](x[t]); dropless, exact for any load.
+
+    An index outside [0, E) is an expert of another device and adds nothing, so that a shard of the experts can be run by
+    shifting the indices (`index - first_local_expert`). Accumulates in float32; y has x's dtype. Differentiable in x, weight
+    and the three matrices.
+
+    Raises ValueError on shapes that do not fit, and Unsupported on an implementation that is not there.
+    """
+    experts, width, hidden = gate_EDF.shape
+    if up_EDF.shape != gate_EDF.shape or down_EFD.shape != (experts, hidden, width):
+        raise ValueError(
+            f"expert_mlp needs gate and up [E, D, F] and down [E, F, D], "
+            f"got {gate_EDF.shape}, {up_EDF.shape} and {down_EFD.shape}"
+        )
+    if x_TD.ndim != 2 or x_TD.shape[1] != width:
+        raise ValueError(f"expert_mlp needs x [T, {width}], got {x_TD.shape}")
+    if index_TX.ndim != 2 or index_TX.shape[0] != x_TD.shape[0] or weight_TX.shape != index_TX.shape:
+        raise ValueError(
+            f"expert_mlp needs index and weight [{x_TD.shape[0]}, X], got {index_TX.shape} and {weight_TX.shape}"
+        )
+    if not jnp.issubdtype(index_TX.dtype, jnp.integer):
+        raise ValueError(f"expert_mlp needs integer indices, got {index_TX.dtype}")
+    run = select("expert_mlp", implementation, {"xla": _xla, "reference": reference.expert_mlp})
+    return run(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD).astype(x_TD.dtype)
+
+
+@jax.custom_vjp
+def _xla(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD):
+    return xla.forward(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD)[0]
+
+
+def _xla_bwd(residuals, dy_TD):
+    dx_TD, dweight_TX, *matrices = xla.backward(residuals, dy_TD)
+    return dx_TD, None, dweight_TX, *matrices
+
+
+_xla.defvjp(xla.forward, _xla_bwd)

@@ -1,0 +1,1 @@
+"""Matrix products of row groups, each group with its own matrix."""

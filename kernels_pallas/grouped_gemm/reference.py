@@ -1,0 +1,12 @@
+"""y[m] = x[m] @ w[group of m], in float32."""
+
+import jax
+import jax.numpy as jnp
+
+
+def grouped_gemm(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    rows_M1 = jnp.arange(x_MD.shape[0])[:, None]
+    ends_1E = jnp.cumsum(sizes_E)[None]
+    mine_ME = (rows_M1 < ends_1E) & (rows_M1 >= ends_1E - sizes_E[None])
+    x_MD, w_EDF = x_MD.astype(jnp.float32), w_EDF.astype(jnp.float32)
+    return jnp.einsum("ME,MD,EDF->MF", mine_ME.astype(jnp.float32), x_MD, w_EDF)

@@ -1,0 +1,28 @@
+"""Picks the implementation of an op, says once which, and refuses clearly."""
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Unsupported(ValueError):  # noqa: N818 (the name is what a caller reads: "Unsupported: grouped_gemm ...")
+    """An implementation declines a call; the message says what it lacks."""
+
+
+def select(op: str, implementation: str | None, table: Mapping[str, T]) -> T:
+    """Returns the named implementation of `op`; None takes the first of `table`, the best that runs everywhere."""
+    name = next(iter(table)) if implementation is None else implementation
+    if name not in table:
+        raise Unsupported(f"{op} has no implementation {name!r}; it has {', '.join(table)}")
+    if implementation is None:
+        _say(op, name)
+    return table[name]
+
+
+@functools.cache
+def _say(op: str, name: str) -> None:
+    log.info("%s: implementation %s", op, name)

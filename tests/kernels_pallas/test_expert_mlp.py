@@ -1,0 +1,145 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas import Unsupported, expert_mlp
+
+IMPLEMENTATIONS = ["reference", "xla"]
+D, F = 6, 5
+
+
+def index_of(name, rng):
+    """[T, X] choices and the number of experts."""
+    distinct = lambda t, e, x: np.stack([rng.permutation(e)[:x] for _ in range(t)])  # noqa: E731
+    return {
+        "ordinary": lambda: (distinct(64, 8, 2), 8),
+        "all to one expert": lambda: (np.full((300, 1), 2), 4),
+        "a third to one expert, empty experts": lambda: (np.stack([np.full(200, 1), rng.integers(2, 6, 200)], 1), 8),
+        "experts that are not here": lambda: (distinct(50, 12, 3) - 4, 4),
+        "none is here": lambda: (np.full((20, 2), 7), 4),
+        "single token": lambda: (np.array([[3, 0]]), 16),
+        "fewer choices than experts": lambda: (distinct(3, 16, 2), 16),
+        "one expert": lambda: (np.zeros((9, 1), int), 1),
+        "the same expert twice": lambda: (np.zeros((40, 2), int), 3),
+    }[name]()
+
+
+CASES = [
+    "ordinary",
+    "all to one expert",
+    "a third to one expert, empty experts",
+    "experts that are not here",
+    "none is here",
+    "single token",
+    "fewer choices than experts",
+    "one expert",
+    "the same expert twice",
+]
+
+
+def inputs(name):
+    rng = np.random.default_rng(1)
+    index, experts = index_of(name, rng)
+    x, dy = rng.standard_normal((2, len(index), D))
+    gate, up = rng.standard_normal((2, experts, D, F))
+    return x, index, rng.random(index.shape), gate, up, rng.standard_normal((experts, F, D)), dy
+
+
+def expected(x, index, weight, gate, up, down, dy):
+    """The sum over choices, and the chain rule by hand, one choice at a time."""
+    y, dx, dweight = np.zeros_like(x), np.zeros_like(x), np.zeros_like(weight)
+    dgate, dup, ddown = np.zeros_like(gate), np.zeros_like(up), np.zeros_like(down)
+    for t, k in np.ndindex(index.shape):
+        e, w = index[t, k], weight[t, k]
+        if not 0 <= e < len(gate):
+            continue
+        g, u = x[t] @ gate[e], x[t] @ up[e]
+        s = 1 / (1 + np.exp(-g))
+        h = g * s * u
+        y[t] += w * (h @ down[e])
+        dweight[t, k] = (h @ down[e]) @ dy[t]
+        ddown[e] += w * np.outer(h, dy[t])
+        dh = w * (down[e] @ dy[t])
+        dg, du = dh * u * (s + g * s * (1 - s)), dh * g * s
+        dgate[e] += np.outer(x[t], dg)
+        dup[e] += np.outer(x[t], du)
+        dx[t] += gate[e] @ dg + up[e] @ du
+    return y, dx, dweight, dgate, dup, ddown
+
+
+def value_and_gradients(implementation):
+    @jax.jit
+    def run(x, index, weight, gate, up, down, dy):
+        def op(x, weight, gate, up, down):
+            return expert_mlp(x, index, weight, gate, up, down, implementation=implementation)
+
+        y, vjp = jax.vjp(op, x, weight, gate, up, down)
+        return y, *vjp(dy)
+
+    return run
+
+
+def as_float32(arrays):
+    return [jnp.asarray(a, jnp.int32 if a.dtype == int else jnp.float32) for a in arrays]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name, implementation):
+    arrays = inputs(name)
+    got = value_and_gradients(implementation)(*as_float32(arrays))
+    for actual, wanted in zip(got, expected(*arrays), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shard_of_experts_per_device_sums_to_the_whole():
+    """Inside shard_map with varying loads (overflow on some devices only) and the mesh's type checks on."""
+    x, index, weight, gate, up, down, dy = inputs("a third to one expert, empty experts")
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Explicit,))
+
+    def local(x, index, weight, gate, up, down):
+        x, weight = (jax.lax.pcast(a, "expert", to="varying") for a in (x, weight))
+        first = jax.lax.axis_index("expert") * gate.shape[0]
+        return jax.lax.psum(expert_mlp(x, index - first, weight, gate, up, down), "expert")
+
+    @jax.jit
+    def run(x, index, weight, gate, up, down, dy):
+        sharded = jax.shard_map(local, in_specs=(P(), P(), P(), *[P("expert")] * 3), out_specs=P())
+        y, vjp = jax.vjp(lambda x, w, *m: sharded(x, index, w, *m), x, weight, gate, up, down)
+        return y, *vjp(dy)
+
+    arrays = as_float32((x, index, weight, gate, up, down, dy))
+    specs = [P(), P(), P(), *[P("expert")] * 3, P()]
+    with jax.set_mesh(mesh):
+        got = run(*(jax.device_put(a, jax.NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)))
+    for actual, wanted in zip(got, expected(x, index, weight, gate, up, down, dy), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_under_scan_and_remat():
+    x, index, weight, gate, up, down, _ = as_float32(inputs("ordinary"))
+
+    def loss(x, remat):
+        def layer(x, _):
+            return x + expert_mlp(x, index, weight, gate, up, down), None
+
+        layer = jax.checkpoint(layer) if remat else layer
+        return jnp.sum(jax.lax.scan(layer, x * 0.1, length=2)[0] ** 2)
+
+    gradients = [jax.jit(jax.grad(loss), static_argnums=1)(x, remat) for remat in (False, True)]
+    np.testing.assert_allclose(*gradients, rtol=1e-4)
+
+
+def test_refuses_what_does_not_fit():
+    x, index, weight, gate, up, down, _ = as_float32(inputs("ordinary"))
+    with pytest.raises(ValueError, match="down"):
+        expert_mlp(x, index, weight, gate, up, up)
+    with pytest.raises(ValueError, match="index and weight"):
+        expert_mlp(x, index, weight[:, :1], gate, up, down)
+    with pytest.raises(ValueError, match="integer indices"):
+        expert_mlp(x, index.astype(jnp.float32), weight, gate, up, down)
+    with pytest.raises(Unsupported):
+        expert_mlp(x, index, weight, gate, up, down, implementation="tpu")  # pyright: ignore
