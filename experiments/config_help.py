@@ -12,6 +12,8 @@ from typing import Any
 
 from experiments.config_tree import config_classes, describe, field_types, options, show
 
+_WIDTHS = (72, 42, 24)  # of the columns path, type and value, at most
+
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
@@ -62,7 +64,8 @@ def help_text(program: str, flags_class: type, config: Any) -> str:
     if config is not None:
         cls = config if isinstance(config, type) else type(config)
         instance = None if isinstance(config, type) else config
-        for title, section in _sections(cls, instance, "--config", ()):
+        # By title: two members of a union may hold the same alternatives at the same path.
+        for title, section in dict(_sections(cls, instance, "--config", ())).items():
             lines += ["", title, *_table(section)]
     return "\n".join(lines)
 
@@ -72,7 +75,10 @@ def _rows(cls: type, instance: Any) -> Iterator[tuple[str, str, str, str]]:
         if f.init:
             value = _value(f, instance)
             text = "required" if value is dataclasses.MISSING else show(value)
-            yield f.name, describe(field_types(cls)[f.name]), text, field_docs(cls).get(f.name, "")
+            kind = describe(field_types(cls)[f.name])
+            # A long union of classes may be cut: a section of its own follows for each of them.
+            kind = kind if len(kind) <= _WIDTHS[1] or "Config" not in kind else f"{kind[: _WIDTHS[1] - 3]}..."
+            yield f.name, kind, text, field_docs(cls).get(f.name, "")
 
 
 def _value(f: dataclasses.Field, instance: Any) -> Any:
@@ -104,5 +110,5 @@ def _sections(cls: type, instance: Any, path: str, above: tuple[type, ...]) -> I
 def _table(rows: list) -> list[str]:
     if not rows:
         return ["  (no fields)"]
-    widths = [min(max(len(row[i]) for row in rows), (60, 34, 24)[i]) for i in range(3)]
+    widths = [min(max(len(row[i]) for row in rows), _WIDTHS[i]) for i in range(3)]
     return ["  " + "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows]

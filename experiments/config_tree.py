@@ -53,6 +53,8 @@ def show(value: Any) -> str:
         return value["class"]
     if dataclasses.is_dataclass(value):
         return type(value).__name__
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
@@ -101,7 +103,8 @@ def _parse_option(option: Any, text: str) -> Any:
             if str(value) == text:
                 return value
     if typing.get_origin(option) is tuple:
-        items = _split_tuple(text)
+        is_numeric = set(typing.get_args(option)) <= {int, float, ...}
+        items = _split_tuple(text.replace(":", ",") if is_numeric else text)
         hints = _element_types(option, len(items))
         return tuple(_parse(hint, item) for hint, item in zip(hints, items, strict=True))
     raise ValueError(text)
@@ -118,7 +121,7 @@ def _parse_int(text: str) -> int:
 
 
 def _split_tuple(text: str) -> list[str]:
-    """`2,4`, `(2,4)`, `[2,4]` or `((0,1),(2,3))` into the texts of its items."""
+    """`2,4`, `(2,4)`, `[2,4]`, `2:4` (numbers only) or `((0,1),(2,3))` into the texts of its items."""
     items, depth = [""], 0
     for char in text.strip():
         depth += (char in "([") - (char in ")]")
@@ -171,6 +174,9 @@ def _override(hint: Any, current: Any, node: _Node, path: str) -> Any:
     if node.text in classes:
         return _construct(classes[node.text], _defaults(classes[node.text]), hint, node, path)
     if node.text is not None:
+        for option in options(hint):
+            if typing.get_origin(option) is tuple and any(map(config_classes, typing.get_args(option))):
+                return _new_items(option, node, path)
         value = parse_value(hint, node.text, path)
         if node.children:
             raise UserError(f"{path}.{next(iter(node.children))}: {path} is {node.text} and has no fields")
@@ -184,6 +190,21 @@ def _override(hint: Any, current: Any, node: _Node, path: str) -> Any:
     owners = [owner for owner, cls in classes.items() if name in field_types(cls)] or list(classes)
     fix = f" (switch it on with {path}={owners[0]})" if owners else ""
     raise UserError(f"{path}.{name}: {path} is {show(current)} and has no fields{fix}")
+
+
+def _new_items(hint: Any, node: _Node, path: str) -> tuple:
+    """A tuple of configs, given as their class names; `path.0.field` and so on set their fields."""
+    try:
+        names = _split_tuple(node.text or "")
+        hints, children, items = _element_types(hint, len(names)), dict(node.children), []
+    except ValueError:
+        raise UserError(f"{path}={node.text}: expected {describe(hint)}") from None
+    for i, name in enumerate(names):
+        child = children.pop(str(i), _Node())
+        items.append(_override(hints[i], None, _Node(text=name, children=child.children), f"{path}.{i}"))
+    if children:
+        raise UserError(f"{path}.{next(iter(children))}: no such entry; {path} has {len(items)}, counted from 0")
+    return tuple(items)
 
 
 def _override_items(hint: Any, current: tuple, node: _Node, path: str) -> tuple:

@@ -104,6 +104,8 @@ def changed(**overrides):
         ("train.ramp", "((0,8),(100,16))", ((0, 8), (100, 16))),
         ("train.ramp", "(0,8),(100,16)", ((0, 8), (100, 16))),
         ("train.ramp", "()", ()),
+        ("train.betas", "0.8:0.9", (0.8, 0.9)),
+        ("source.members.0.source.paths", "gs://a,b", ("gs://a", "b")),
         ("train.name", "none", "none"),
         ("train.name", "a=b,c", "a=b,c"),
         ("model.tied", "True", True),
@@ -187,6 +189,35 @@ def test_union_switch_in_any_order(order):
     items = {"model.attention.num_heads": "9", "model.attention.num_kv_heads": "3", "model.attention": "GqaConfig"}
     config = cli.apply_overrides(TestConfig(), dict(list(items.items())[::order]))
     assert config.model.attention == GqaConfig(num_heads=9, num_kv_heads=3)
+
+
+def test_tuple_of_configs_by_class_names():
+    config = cli.apply_overrides(
+        TestConfig(),
+        {
+            "source.members.1.source": "FilesConfig",
+            "source.members.1.source.paths": "a,b",
+            "source.members": "(MemberConfig, MemberConfig)",
+            "source.members.0.source": "MixtureConfig",
+            "source.members.0.weight": "3",
+        },
+    )
+    assert config.source.members == (
+        MemberConfig(source=MixtureConfig(), weight=3.0),
+        MemberConfig(source=FilesConfig(paths=("a", "b"))),
+    )
+    for overrides, line in [
+        ({"source.members": "MemberConfig"}, "--config.source.members.0.source: MemberConfig needs it"),
+        (
+            {"source.members": "(MemberConfig"},
+            "--config.source.members=(MemberConfig: expected tuple[MemberConfig, ...]",
+        ),
+        ({"source.members": "Member"}, "--config.source.members.0=Member: expected MemberConfig"),
+        ({"source.members": "()", "source.members.0.weight": "3"}, "--config.source.members.0: no such entry"),
+    ]:
+        with pytest.raises(UserError) as error:
+            cli.apply_overrides(TestConfig(), overrides)
+        assert str(error.value).startswith(line)
 
 
 def test_switch_takes_the_defaults_and_checks_literals():
@@ -299,7 +330,7 @@ def test_help_lists_every_field_with_type_value_and_doc(config_file, capsys):
         assert "--config.model.attention.num_heads int 4 Query heads." in rows
         assert "--config.model.moe.score sigmoid | softmax sigmoid" in rows
         assert f"--config.train.num_steps int {7 if len(argv) == 2 else 100} Optimizer steps." in rows
-        assert "--config.source.members.1.weight float 1.0" in rows
+        assert "--config.source.members.1.weight float 1" in rows
 
 
 def test_json_round_trip():
@@ -325,7 +356,7 @@ def test_diff_and_format():
     assert cli.diff(TestConfig(), new) == [
         "model.attention: MlaConfig → GqaConfig",
         "train.num_steps: 100 → 5",
-        "source.members.1.weight: 1.0 → 2.0",
+        "source.members.1.weight: 1 → 2",
     ]
     assert cli.diff(new, new) == []
     stored = cli.to_json(new)
@@ -333,7 +364,7 @@ def test_diff_and_format():
     assert cli.diff(stored, new) == ["train.old_field: 1 → absent"]
     text = cli.format_config(new)
     assert "train: TrainConfig\n  num_steps=5  learning_rate=0.001  betas=(0.9,0.95)  ramp=()  name=run" in text
-    assert "source.members.1: MemberConfig\n  weight=2.0" in text
+    assert "source.members.1: MemberConfig\n  weight=2" in text
 
 
 def test_run_main_prints_one_line_and_exits_with_2(capsys):
