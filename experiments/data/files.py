@@ -83,7 +83,7 @@ def _read_jsonl(path: pathlib.Path, *, field: str, skip_bad: bool) -> Iterator[D
                     continue
                 where = f"{path}:{number}"
                 try:
-                    text = _text_of(json.loads(line), field)
+                    text = _text_of(json.loads(line.strip()), field)
                 except ValueError as error:  # of json, and UnicodeDecodeError
                     if not skip_bad:
                         fix = "correct the line, or set data.source.skip_bad_lines=True"

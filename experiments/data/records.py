@@ -87,18 +87,13 @@ def read_array_record(path: pathlib.Path, start: int = 0, stop: int | None = Non
 
     try:
         reader = ArrayRecordReader(str(path))
-    except (RuntimeError, ValueError, IndexError, OSError) as error:
-        raise UserError(f"{path}: not a readable ArrayRecord file ({first_line(error)})") from error
-    try:
+        if not reader.ok():
+            reader.close()  # raises what is wrong
         stop = reader.num_records() if stop is None else stop
         for first in range(start, stop, _BATCH):
-            try:
-                records = reader.read(first, min(first + _BATCH, stop))
-            except (RuntimeError, ValueError, IndexError) as error:
-                raise UserError(f"{path}: damaged near record {first} ({first_line(error)})") from error
-            yield from records
-    finally:
-        reader.close()
+            yield from reader.read(first, min(first + _BATCH, stop))
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
+        raise UserError(f"{path}: not a readable ArrayRecord file ({first_line(error)})") from error
 
 
 def first_line(error: Exception) -> str:

@@ -71,7 +71,7 @@ class CachedStream:
 
         Reading ahead assumes that the next call asks for as many rows; another number costs one start of the reader.
         """
-        if num_rows != self._num_rows:
+        if self._batches is None or num_rows != self._num_rows:
             self.close()
             self._batches, self._num_rows = self._read_ahead(num_rows), num_rows
         batch = next(self._batches)
@@ -82,7 +82,9 @@ class CachedStream:
         import grain
 
         num_local = local_count(num_rows, self._process_count)
-        batches = self._rows[self.index :].batch(num_local)[self._process_index :: self._process_count]
+        batches = self._rows[self.index :].batch(num_local, drop_remainder=True)[
+            self._process_index :: self._process_count
+        ]
         options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=self._num_prefetched)
         return iter(batches.to_iter_dataset(options))
 
