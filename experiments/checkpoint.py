@@ -74,7 +74,7 @@ class Checkpointer:
         from orbax.checkpoint import checkpoint_managers as policies
 
         _remove_unfinished(self._directory)
-        keep = [policies.LatestN(self._config.keep_last)]
+        keep: list[policies.PreservationPolicy] = [policies.LatestN(self._config.keep_last)]
         if self._config.keep_every is not None:
             keep.append(policies.EveryNSteps(self._config.keep_every))
         options = ocp.CheckpointManagerOptions(

@@ -133,8 +133,11 @@ def print_warning(line: str) -> None:
 
 def _attempt(path, wanted: Wanted) -> Restored | Exception:
     """Reads one step, or returns what went wrong with the files in any process. Raises UserError for another model."""
+    from experiments import layers_on_disk
+
+    arrays = layers_on_disk.abstract_on_disk(wanted.state)  # outside: a bad request is not a damaged file
     try:
-        result: Restored | Exception = _read(path, wanted)
+        result: Restored | Exception = _read(path, wanted, arrays)
     except UserError:
         raise
     except Exception as error:  # damage shows up as almost anything, from KeyError to XLA's errors
@@ -144,15 +147,15 @@ def _attempt(path, wanted: Wanted) -> Restored | Exception:
     return result if isinstance(result, Exception) else OSError("another process could not read it")
 
 
-def _read(path, wanted: Wanted) -> Restored:
+def _read(path, wanted: Wanted, arrays: dict) -> Restored:
     import jax
     import orbax.checkpoint as ocp
 
     from experiments import layers_on_disk
 
     meta = _read_meta(path)
-    arrays = layers_on_disk.abstract_on_disk(wanted.state)
     _check_same_model(path, arrays, meta["arrays"], wanted)
+    data_state = _own_data_state(path, meta["data_states"]) if wanted.whole else {}
     handler = ocp.PyTreeCheckpointHandler()
     item = layers_on_disk.nest(arrays)
     restored = handler.restore(
@@ -170,7 +173,7 @@ def _read(path, wanted: Wanted) -> Restored:
     return Restored(
         step=meta["step"],
         state=layers_on_disk.from_disk(layers_on_disk.flatten(restored), wanted.state),
-        data_state=_own_data_state(path, meta["data_states"]) if wanted.whole else {},
+        data_state=data_state,
         config_json=meta["config"],
         extra=meta["extra"],
     )

@@ -42,6 +42,8 @@ def abstract_on_disk(abstract) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns {name on disk: shape, dtype and target sharding of one array} for a state of ShapeDtypeStructs."""
     arrays = {}
     for names, leaf in _named_leaves(abstract):
+        if leaf.sharding is None:
+            raise ValueError(f"{names}: a state can be read only onto shardings, this leaf has none")
         if isinstance(names, str):
             arrays[names] = leaf
         else:
@@ -119,7 +121,7 @@ def _layer_sharding(name: str, sharding: Sharding) -> Sharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
 
 
-@functools.cache
+@functools.cache  # one program for all layers: its compilation costs once, calls for each layer would at every save
 def _unstack(layers: int, sharding: Sharding):
     return jax.jit(lambda x: tuple(x[i] for i in range(layers)), out_shardings=(sharding,) * layers)
 

@@ -255,6 +255,17 @@ def test_two_leaves_of_one_name_are_refused(mesh8):
         abstract_on_disk({"prefix": [leaf], "layers": [leaf]})
 
 
+def test_a_leaf_without_sharding_is_refused_and_nothing_is_called_damaged(tmp_path, mesh8):
+    save_steps(tmp_path, mesh8, [10])
+    abstract = abstract_state(mesh8) | {"step": jax.ShapeDtypeStruct((), jnp.int32)}
+    with (
+        Checkpointer(tmp_path, CheckpointConfig()) as checkpointer,
+        pytest.raises(ValueError, match="step: a state can"),
+    ):
+        checkpointer.restore_latest(abstract)
+    assert saved_steps(tmp_path) == [10]
+
+
 def test_the_config_is_light():
     code = "import sys, experiments.checkpoint; print([m for m in ('jax', 'orbax', 'etils') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
