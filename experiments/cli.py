@@ -9,7 +9,6 @@ import importlib.util
 import inspect
 import pathlib
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -21,7 +20,7 @@ from experiments.config_tree import (
     diff,
     field_types,
     from_json,
-    leaves,
+    nodes,
     parse_value,
     show,
     to_json,
@@ -109,24 +108,20 @@ def _import_file(path: pathlib.Path) -> dict[str, Any]:
 
 def format_config(config: Any, width: int = 110) -> str:
     """The resolved config for people: one paragraph of `field=value` for each dataclass in it."""
-    groups: dict[str, list[str]] = {}
-    for path, value in leaves(config):
-        group, _, name = path.rpartition(".")
-        groups.setdefault(group, []).append(f"{name}={show(value)}".replace(" ", ""))
     lines = []
-    for group, items in groups.items():
-        owner = config
-        for name in filter(None, group.split(".")):
-            owner = owner[int(name)] if isinstance(owner, tuple) else getattr(owner, name)
-        lines.append(f"{group or 'config'}: {type(owner).__name__}")
-        lines += textwrap.wrap(
-            "  ".join(items),
-            width,
-            initial_indent="  ",
-            subsequent_indent="  ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+    for path, node in nodes(config):
+        lines.append(f"{path or 'config'}: {type(node).__name__}")
+        line = ""
+        for name in field_types(type(node)):
+            value = getattr(node, name)
+            if any(nodes(value)):
+                continue  # a paragraph of its own
+            item = f"  {name}={show(value)}"
+            if line and len(line) + len(item) > width:
+                lines.append(line)
+                line = ""
+            line += item
+        lines += [line] if line else []
     return "\n".join(lines)
 
 

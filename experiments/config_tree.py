@@ -253,22 +253,21 @@ def _unknown_field(cls: type, values: dict[str, Any], hint: Any, name: str, path
         return f"{line}; {owners[0]} has it (switch with {path}={owners[0]})"
     if near := did_you_mean(name, field_types(cls)):
         return line + near
-    deeper = [dotted for key, value in values.items() for dotted, _ in leaves(value, key)]
-    elsewhere = [dotted for dotted in deeper if dotted.rpartition(".")[2] == name]
-    return f"{line} (did you mean {path}.{elsewhere[0]}?)" if elsewhere else f"{line}; see --help"
+    below = [pair for key, value in values.items() for pair in nodes(value, key)]
+    elsewhere = [inner for inner, node in below if name in field_types(type(node))]
+    return f"{line} (did you mean {path}.{elsewhere[0]}.{name}?)" if elsewhere else f"{line}; see --help"
 
 
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (dotted path, value) under a config that is not itself a config or a tuple of configs."""
+def nodes(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, config) of a config and of every config below it, parents first."""
     prefix = f"{path}." if path else ""
     if dataclasses.is_dataclass(value):
-        for name in field_types(type(value)):  # pyright: ignore[reportArgumentType]
-            yield from leaves(getattr(value, name), prefix + name)
-    elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
-        for index, item in enumerate(value):
-            yield from leaves(item, f"{prefix}{index}")
-    else:
         yield path, value
+        for name in field_types(type(value)):  # pyright: ignore[reportArgumentType]
+            yield from nodes(getattr(value, name), prefix + name)
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from nodes(item, f"{prefix}{index}")
 
 
 # ---- JSON

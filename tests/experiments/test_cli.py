@@ -351,7 +351,7 @@ def test_json_round_trip():
         )
 
 
-def test_diff_and_format():
+def test_diff():
     new = changed(model__attention="GqaConfig", train__num_steps="5", source__members__1__weight="2")
     assert cli.diff(TestConfig(), new) == [
         "model.attention: MlaConfig → GqaConfig",
@@ -362,9 +362,23 @@ def test_diff_and_format():
     stored = cli.to_json(new)
     stored["train"]["old_field"] = 1
     assert cli.diff(stored, new) == ["train.old_field: 1 → absent"]
-    text = cli.format_config(new)
-    assert "train: TrainConfig\n  num_steps=5  learning_rate=0.001  betas=(0.9,0.95)  ramp=()  name=run" in text
-    assert "source.members.1: MemberConfig\n  weight=2" in text
+
+
+def test_format_shows_every_field_once_parents_first():
+    assert cli.format_config(changed(source="FilesConfig", model__moe="none")).splitlines() == [
+        "config: TestConfig",
+        "model: ModelConfig",
+        "  moe=none  tied=false",
+        "model.attention: MlaConfig",
+        "  num_heads=4  kv_lora_rank=16  q_lora_rank=none",
+        "train: TrainConfig",
+        "  num_steps=100  learning_rate=0.001  betas=(0.9, 0.95)  ramp=()  name=run",
+        "source: FilesConfig",
+        "  paths=()",
+    ]
+    wrapped = cli.format_config(TestConfig(), width=40).splitlines()
+    assert max(map(len, wrapped)) <= 40
+    assert "source.members.1: MemberConfig\n  weight=1\nsource.members.1.source: FilesConfig" in "\n".join(wrapped)
 
 
 def test_run_main_prints_one_line_and_exits_with_2(capsys):
