@@ -8,6 +8,7 @@ the plot know: `loss`, `loss/main`, `loss/mtp_1`, `loss/balance`, `loss/z`, `bpb
 JSON has no NaN and no infinity: such a value is written as null, its name stays.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -54,7 +55,7 @@ class MetricsWriter:
         self, workdir: str | os.PathLike, config: LogConfig, *, restored_step: int = 0, run_config: Any = None
     ):
         wandb = _import_wandb() if config.wandb else None
-        workdir = pathlib.Path(workdir).absolute()
+        self._workdir = workdir = pathlib.Path(workdir).absolute()
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / FILE_NAME
         resumes = path.exists()
@@ -73,21 +74,29 @@ class MetricsWriter:
         )
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One flushed line. Values are numbers, or arrays of numbers, which go to `metrics.jsonl` alone."""
+        """One flushed line. Values are numbers, or arrays of numbers, which go to `metrics.jsonl` alone.
+
+        Raises UserError if the disk is full.
+        """
         plain = {name: np.asarray(value).tolist() for name, value in values.items()}
         line = {"step": int(step)} | {name: _finite(value) for name, value in plain.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
         scalars = {name: value for name, value in plain.items() if not isinstance(value, list)}
-        if self._events:
-            self._events.scalars(step, scalars)
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            if self._events:
+                self._events.scalars(step, scalars)
+        except OSError as error:
+            raise UserError(f"step {step}: cannot write metrics to {self._workdir} ({error.strerror})") from error
         if self._wandb:
             self._wandb.log(scalars, step=step)
 
     def close(self) -> None:
-        self._file.close()
-        if self._events:
-            self._events.close()
+        with contextlib.suppress(OSError):  # what could not be written was reported by write()
+            self._file.close()
+        with contextlib.suppress(OSError):
+            if self._events:
+                self._events.close()
         if self._wandb:
             self._wandb.finish()
 

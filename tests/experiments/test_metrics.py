@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import sys
 
 import jax
@@ -68,6 +69,15 @@ def test_truncate_keeps_the_kept_lines_byte_for_byte(tmp_path):
     assert path.read_text() == kept
     truncate_after(tmp_path / "absent.jsonl", 2)
     assert not (tmp_path / "absent.jsonl").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_full_disk_is_one_clear_line(tmp_path):
+    line = r"step 3: cannot write metrics to .* \(No space left on device\)"
+    with pytest.raises(UserError, match=line), open("/dev/full", "w") as full, LogConfig().build(tmp_path) as writer:
+        writer._file.close()
+        writer._file = full
+        writer.write(3, {"loss": 1.0})
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

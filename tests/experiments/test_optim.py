@@ -124,6 +124,20 @@ def test_bfloat16_parameters_and_gradients_are_updated_in_float32():
     np.testing.assert_allclose(global_norm(grads[0]), norm, rtol=1e-6)
 
 
+def test_sharded_parameters_give_the_same_numbers_and_sharded_moments():
+    rng = np.random.default_rng(4)
+    params = {"w": jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)}
+    grads = [{"w": jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)} for _ in range(3)]
+    config = AdamWConfig(clip_norm=0.5)
+    one, _ = run(config, params, grads)
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("fsdp", "tensor"))
+    with jax.set_mesh(mesh):
+        many, state = run(config, *jax.device_put((params, grads), sharding))
+    assert {leaf.sharding for leaf in (many["w"], state.mu["w"], state.nu["w"])} == {sharding}
+    np.testing.assert_allclose(many["w"], one["w"], rtol=1e-6, atol=1e-6)
+
+
 def test_decay_goes_by_name_not_by_rank():
     tree = {
         "embedding": 0,
