@@ -38,6 +38,11 @@ class LogConfig:
         if self.every < 1:
             raise UserError(f"every={self.every} must be at least 1")
 
+    def check(self) -> None:
+        """UserError if a package that is asked for is not installed; `build` checks too, but later in a run."""
+        if self.wandb:
+            _import_wandb()
+
     def build(self, workdir: str | os.PathLike, *, restored_step: int = 0, run_config: Any = None) -> "MetricsWriter":
         """The writer of the process that writes; the others use `NoMetricsWriter`."""
         return MetricsWriter(workdir, self, restored_step=restored_step, run_config=run_config)

@@ -92,6 +92,9 @@ def test_missing_wandb_is_said_before_anything_is_written(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"log.wandb=true: wandb is not installed; run `pip install wandb`"):
         LogConfig(wandb=True).build(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="wandb is not installed"):
+        LogConfig(wandb=True).check()
+    LogConfig().check()
 
 
 def test_wandb_gets_every_step(tmp_path, monkeypatch):
