@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
+import os
 import pathlib
 import sysconfig
 from collections.abc import Iterator
@@ -63,10 +64,12 @@ def _is_held_out(name: str) -> bool:
 
 
 def _read_library(root: pathlib.Path) -> Iterator[Document]:
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if _LEFT_OUT.isdisjoint(name.parts):
-            yield from _read_module(path, name.as_posix())
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - _LEFT_OUT)  # in place: os.walk enters only what is left, and in this order
+        for name in sorted(files):
+            if name.endswith(".py"):
+                path = pathlib.Path(folder, name)
+                yield from _read_module(path, path.relative_to(root).as_posix())
 
 
 def _read_module(path: pathlib.Path, name: str) -> list[Document]:

@@ -148,6 +148,36 @@ def test_hugging_face_tokenizer_without_config_has_no_bos_or_eos(tmp_path):
     assert load_tokenizer(tmp_path, eos_token="<|eos|>").eos_id == 1
 
 
+def save_like_llama(directory):
+    """A SentencePiece-like tokenizer.json: spaces as U+2581, one put in front, bytes for what it does not know."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers
+
+    tokens = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdehlowr"]
+    vocab = {token: number for number, token in enumerate([*tokens, "\u2581h", "lo"])}
+    raw = tokenizers.Tokenizer(models.BPE(vocab, [("\u2581", "h"), ("l", "o")], byte_fallback=True, fuse_unk=True))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    raw.decoder = decoders.Sequence(parts)
+    raw.add_special_tokens(["<s>", "</s>"])
+    raw.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+
+
+@pytest.mark.parametrize("text", ["hello world", "hello  é日 🙂 low", "  a", "x"])
+def test_sentencepiece_like_tokenizer(text, tmp_path):
+    save_like_llama(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode(text, bos=True, eos=True)
+    assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+    assert tokenizer.decode(ids) == text
+    assert sum(map(tokenizer.num_bytes, ids)) == len(text.encode()) + 1  # the space that was put in front
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.push(i) for i in tokenizer.encode(text)]
+    assert "".join([*pieces, decoder.flush()]) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
 def test_bad_tokenizer_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
         load_tokenizer(tmp_path)

@@ -18,8 +18,8 @@ SEQ_LEN = 32
 
 @pytest.fixture
 def config(tmp_path, texts):
-    for number in range(4):
-        lines = [json.dumps({"text": text}) + "\n" for text in texts[number::4]]
+    for number in range(8):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[number::8]]
         (tmp_path / f"{number}.jsonl").write_text("".join(lines))
     return DataConfig(
         source=JsonlConfig(paths=(str(tmp_path / "*.jsonl"),), validation_fraction=0.2),
@@ -112,6 +112,16 @@ def test_processes_share_the_documents_and_resume_from_merged_states(config, tex
         two[1].train_stream(json.loads(results[0][1][1]))
 
 
+def test_processes_share_the_documents_of_a_single_file(config, tmp_path, texts):
+    (tmp_path / "all.jsonl").write_text("".join(path.read_text() for path in sorted(tmp_path.glob("?.jsonl"))))
+    source = JsonlConfig(paths=(str(tmp_path / "all.jsonl"),), validation_fraction=0)
+    config = dataclasses.replace(config, source=source)
+    two = [build(config, process_index=p, process_count=2) for p in range(2)]
+    seen = [set(documents_in(read(data, [500])[0], data.tokenizer)) for data in two]
+    assert len(seen[0]) == len(seen[1]) == 40
+    assert seen[0] | seen[1] == set(texts)
+
+
 def test_more_processes_than_documents_are_refused(config, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"text": "only one"}\n')
     source = JsonlConfig(paths=(str(tmp_path / "one.jsonl"),), validation_fraction=0)
@@ -150,6 +160,6 @@ def test_a_corrupt_line_stops_training_with_its_name(config, tmp_path):
     data, path = build(config), tmp_path / "1.jsonl"
     path.write_text(path.read_text() + '{"text": "cut')
     stream = data.train_stream()
-    with pytest.raises(UserError, match=r"1\.jsonl:21: Unterminated string"):
+    with pytest.raises(UserError, match=r"1\.jsonl:11: Unterminated string"):
         stream.next_rows(400)
     stream.close()
