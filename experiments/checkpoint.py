@@ -1,7 +1,7 @@
 """Checkpoints: Orbax behind one door, asynchronous, atomic, independent of the mesh and of the layer scan.
 
 A step directory holds `state` (arrays, see `layers_on_disk`) and `meta` (one JSON file: config, data position, what the
-caller adds, and the shape and dtype of every array). Reading alone, in `checkpoint_read`, needs no Checkpointer.
+caller adds, and dtype, shape and checksum of every array). Reading alone, in `checkpoint_read`, needs no Checkpointer.
 """
 
 import contextlib
@@ -116,13 +116,14 @@ class Checkpointer:
 
         data_states = gather(data_state)
         try:
+            checksums = layers_on_disk.checksums(state)
             arrays = layers_on_disk.to_disk(state)
             meta = {
                 "step": step,
                 "config": config_json,
                 "data_states": data_states,
                 "extra": extra,
-                "arrays": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
+                "arrays": {name: [str(a.dtype), list(a.shape), checksums[name]] for name, a in arrays.items()},
             }
             self._manager.save(
                 step,

@@ -137,23 +137,30 @@ def _attempt(path, wanted: Wanted) -> Restored | Exception:
 
     arrays = layers_on_disk.abstract_on_disk(wanted.state)  # outside: a bad request is not a damaged file
     try:
-        result: Restored | Exception = _read(path, wanted, arrays)
+        meta = _read_meta(path)
+        result: Restored | Exception = _read(path, meta, wanted, arrays)
     except UserError:
         raise
     except Exception as error:  # damage shows up as almost anything, from KeyError to XLA's errors
-        result = error
-    if all(gather(isinstance(result, Restored))):
-        return result
-    return result if isinstance(result, Exception) else OSError("another process could not read it")
+        meta, result = {}, error
+    if not all(gather(isinstance(result, Restored))):
+        return result if isinstance(result, Exception) else OSError("another process could not read it")
+    # Together again: checksums are collective. The storage layer notices missing bytes, not changed ones.
+    assert isinstance(result, Restored)
+    changed = [
+        name
+        for name, checksum in layers_on_disk.checksums(result.state).items()
+        if meta["arrays"][name][0] == str(arrays[name].dtype) and meta["arrays"][name][2] != checksum
+    ]
+    return OSError(f"changed on disk: {_some(changed)}") if changed else result
 
 
-def _read(path, wanted: Wanted, arrays: dict) -> Restored:
+def _read(path, meta: dict, wanted: Wanted, arrays: dict) -> Restored:
     import jax
     import orbax.checkpoint as ocp
 
     from experiments import layers_on_disk
 
-    meta = _read_meta(path)
     _check_same_model(path, arrays, meta["arrays"], wanted)
     data_state = _own_data_state(path, meta["data_states"]) if wanted.whole else {}
     handler = ocp.PyTreeCheckpointHandler()

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 STACK = "stack"
@@ -62,6 +63,18 @@ def from_disk(arrays: dict[str, jax.Array], abstract):
             layers = [arrays.pop(name) for name in names]
             leaves.append(jax.block_until_ready(_stack(leaf.sharding)(*layers)))
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def checksums(state) -> dict[str, int]:
+    """Returns {name on disk: the sum of the array's bits, as words, modulo 2**32}: the same on every mesh."""
+    sums = {}
+    for names, leaf in _named_leaves(state):
+        # One at a time: virtual CPU devices abort when many collectives are queued.
+        if isinstance(names, str):
+            sums[names] = int(_sum_of_words(leaf, 0))
+        else:
+            sums |= zip(names, np.asarray(_sum_of_words(leaf, 1)).tolist(), strict=True)
+    return sums
 
 
 def nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +132,13 @@ def _layer_sharding(name: str, sharding: Sharding) -> Sharding:
     if len(sharding.spec) and sharding.spec[0] is not None:
         raise ValueError(f"{name}: the layer axis of a stack must not be sharded, got {sharding.spec}")
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sum_of_words(x, layer_axes: int):
+    word = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
+    words = jax.lax.bitcast_convert_type(x, word)
+    return jnp.sum(words, axis=tuple(range(layer_axes, words.ndim)), dtype=jnp.uint32)
 
 
 @functools.cache  # one program for all layers: its compilation costs once, calls for each layer would at every save

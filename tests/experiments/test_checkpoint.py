@@ -59,11 +59,11 @@ def test_one_array_per_layer_with_true_indices_on_disk(tmp_path, mesh8):
     arrays = json.loads((tmp_path / "step_10" / "meta" / "metadata").read_text())["arrays"]
     layers = {name: value for name, value in arrays.items() if "/layers/" in name}
     for part in ("params", "ema", "opt/0/mu", "opt/0/nu"):
-        assert arrays[f"{part}/layers/1/w"] == ["float32", [16, 8]]
-        assert arrays[f"{part}/layers/4/attn/w"] == ["bfloat16", [16, 8]]
-        assert arrays[f"{part}/layers/2/scale"] == ["float32", []]
+        assert arrays[f"{part}/layers/1/w"][:2] == ["float32", [16, 8]]
+        assert arrays[f"{part}/layers/4/attn/w"][:2] == ["bfloat16", [16, 8]]
+        assert arrays[f"{part}/layers/2/scale"][:2] == ["float32", []]
         assert f"{part}/layers/5/scale" not in arrays
-    assert arrays["buffers/layers/2/router/bias"] == ["float32", [8]]
+    assert arrays["buffers/layers/2/router/bias"][:2] == ["float32", [8]]
     assert not [name for name in arrays if "stack" in name or "prefix" in name]
     assert len(layers) == 4 * (2 + 3 * 3) + 3
     # What Orbax has on disk are these names, not only what the manifest says.
@@ -161,6 +161,13 @@ def truncate_data(step):
     biggest.write_bytes(biggest.read_bytes()[: biggest.stat().st_size // 2])
 
 
+def flip_a_bit(step):
+    biggest = max((path for path in (step / "state").rglob("d/*")), key=lambda path: path.stat().st_size)
+    data = bytearray(biggest.read_bytes())
+    data[5000] ^= 4
+    biggest.write_bytes(data)
+
+
 def remove_data(step):
     for path in list((step / "state").rglob("d/*")):
         path.unlink()
@@ -184,7 +191,9 @@ def remove_state(step):
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", [truncate_data, remove_data, cut_json, remove_json, remove_manifest, remove_state])
+@pytest.mark.parametrize(
+    "damage", [truncate_data, flip_a_bit, remove_data, cut_json, remove_json, remove_manifest, remove_state]
+)
 def test_a_damaged_step_falls_back_and_makes_room(tmp_path, mesh8, damage, capfd):
     save_steps(tmp_path, mesh8, [10, 20, 30])
     damage(tmp_path / "step_30")
