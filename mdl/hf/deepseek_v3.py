@@ -1,0 +1,114 @@
+"""DeepSeek-V3, R1, V3.1 and what else has this model type (Kimi-K2): MLA, sigmoid router with bias, shared experts, MTP.
+
+MTP module k is stored as layer num_hidden_layers + k, with copies of embedding and head that nobody reads back.
+"""
+
+from mdl.attention.mla import MlaConfig
+from mdl.hf.decoder import MLP_ROWS, MODEL_ROWS, MOE_ROWS, NORM_ROWS, TIED_ROWS, shared
+from mdl.hf.fields import Fields
+from mdl.hf.rope import rope
+from mdl.hf.table import Row, Table
+from mdl.mlp import MlpConfig
+from mdl.moe.moe import MoeConfig
+from mdl.moe.router import RouterConfig
+from mdl.mtp import MtpConfig
+from mdl.transformer import TransformerConfig
+
+MLA_ROWS = (
+    Row("self_attn.q_proj.weight", "attention/q_proj/weight", "(NK)D -> DNK"),
+    Row("self_attn.q_a_proj.weight", "attention/q_a_proj/weight", "QD -> DQ"),
+    Row("self_attn.q_a_layernorm.weight", "attention/q_a_norm/weight", "Q -> Q"),
+    Row("self_attn.q_b_proj.weight", "attention/q_b_proj/weight", "(NK)Q -> QNK"),
+    Row("self_attn.kv_a_proj_with_mqa.weight", "attention/kv_a_proj/weight", "CD -> DC"),
+    Row("self_attn.kv_a_layernorm.weight", "attention/kv_a_norm/weight", "C -> C"),
+    Row("self_attn.kv_b_proj.weight", "attention/kv_b_proj/weight", "(NK)C -> CNK"),
+    Row("self_attn.o_proj.weight", "attention/o_proj/weight", "D(NU) -> NUD"),
+)
+SHARED_EXPERT_ROWS = (
+    Row("mlp.shared_experts.gate_proj.weight", "mlp/shared_experts/gate_proj/weight", "FD -> DF"),
+    Row("mlp.shared_experts.up_proj.weight", "mlp/shared_experts/up_proj/weight", "FD -> DF"),
+    Row("mlp.shared_experts.down_proj.weight", "mlp/shared_experts/down_proj/weight", "DF -> FD"),
+)
+TABLE = Table(
+    model=MODEL_ROWS,
+    layer=(
+        *NORM_ROWS,
+        *MLA_ROWS,
+        *MLP_ROWS,
+        *MOE_ROWS,
+        Row("mlp.gate.e_score_correction_bias", "mlp/router/bias", "E -> E"),
+        *SHARED_EXPERT_ROWS,
+    ),
+    mtp=(
+        Row("enorm.weight", "embedding_norm/weight", "D -> D"),
+        Row("hnorm.weight", "hidden_norm/weight", "D -> D"),
+        Row("eh_proj.weight", "eh_proj/weight", "MD -> DM"),
+        Row("shared_head.norm.weight", "norm/weight", "D -> D"),
+    ),
+    mtp_copies=(
+        Row("embed_tokens.weight", "embedding", "VD -> VD", is_copy=True),
+        Row("shared_head.head.weight", "head", "VD -> DV", is_copy=True),
+    ),
+    tied=TIED_ROWS,
+)
+
+
+def model_config(fields: Fields) -> TransformerConfig:
+    fields.only("topk_method", "noaux_tc")
+    fields.only("scoring_func", "sigmoid")
+    router = RouterConfig(
+        **router_sizes(fields),
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        norm_topk_prob=fields.flag("norm_topk_prob", True),
+        routed_scaling_factor=fields.number("routed_scaling_factor"),
+    )
+    modules = fields.integer("num_nextn_predict_layers", 0)
+    return transformer(
+        fields,
+        router,
+        rope_interleave=fields.flag("rope_interleave", True),
+        mtp=MtpConfig(num_nextn_predict_layers=modules) if modules else None,
+    )
+
+
+def router_sizes(fields: Fields) -> dict[str, int]:
+    names = ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
+    return {name: fields.integer(name) for name in names}
+
+
+def transformer(
+    fields: Fields, router: RouterConfig, *, rope_interleave: bool, mtp: MtpConfig | None
+) -> TransformerConfig:
+    """The config of a V2 or V3 model around its router."""
+    sizes = shared(fields)
+    heads, rotary = fields.integer("num_attention_heads"), fields.integer("qk_rope_head_dim")
+    head_dim = fields.integer("qk_nope_head_dim") + rotary
+    fields.only("num_key_value_heads", heads)
+    fields.only("head_dim", rotary)  # in these files the rotary width, not that of a head
+    fields.only("qk_head_dim", head_dim)
+    fields.only("moe_layer_freq", 1)
+    dense = fields.integer("first_k_dense_replace", 0)
+    return TransformerConfig(
+        **sizes,
+        attention=MlaConfig(
+            num_attention_heads=heads,
+            q_lora_rank=fields.optional_integer("q_lora_rank"),
+            kv_lora_rank=fields.integer("kv_lora_rank"),
+            qk_nope_head_dim=head_dim - rotary,
+            qk_rope_head_dim=rotary,
+            v_head_dim=fields.integer("v_head_dim"),
+            rope_interleave=rope_interleave,
+            rope=rope(fields),
+        ),
+        mlp=MlpConfig(intermediate_size=fields.integer("intermediate_size")),
+        moe=MoeConfig(
+            moe_intermediate_size=fields.integer("moe_intermediate_size"),
+            n_shared_experts=fields.integer("n_shared_experts", 0),
+            router=router,
+        )
+        if dense < sizes["num_hidden_layers"]
+        else None,
+        first_k_dense_replace=dense,
+        mtp=mtp,
+    )
