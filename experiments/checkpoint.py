@@ -13,6 +13,7 @@ from typing import Self
 
 from experiments.checkpoint_read import (
     Restored,
+    Saved,
     Wanted,
     gather,
     local_absolute,
@@ -29,7 +30,7 @@ from experiments.checkpoint_read import (
 )
 from experiments.errors import UserError
 
-__all__ = ["CheckpointConfig", "Checkpointer", "Restored", "read_config", "restore_params", "saved_steps"]
+__all__ = ["CheckpointConfig", "Checkpointer", "Restored", "Saved", "read_config", "restore_params", "saved_steps"]
 
 # JAX and Orbax are imported where they are used: the command line reads CheckpointConfig before it needs either.
 

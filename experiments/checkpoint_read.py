@@ -77,7 +77,7 @@ def read_config(directory, *, step: int | None = None) -> Saved:
             if step is not None:
                 raise UserError(f"{step_path(root, step)}: not a readable checkpoint ({one_line(error)})") from error
             continue
-        return Restored(step=meta["step"], state=None, data_state={}, config_json=meta["config"], extra=meta["extra"])
+        return Saved(step=meta["step"], config_json=meta["config"], extra=meta["extra"])
     raise UserError(f"{directory}: no checkpoint here")
 
 
