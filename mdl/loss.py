@@ -69,29 +69,42 @@ def count_targets(segment_ids_ABT: jax.Array, mtp_depth: int) -> Counts:
     return Counts(valid(0), tuple(valid(k + 1) for k in range(mtp_depth)), rows)
 
 
-def cross_entropy(
-    model: Transformer, hidden_BTD: jax.Array, target_BT: jax.Array, valid_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Sums over valid targets of -log p(target) and of log(Z)^2, without ever holding [B, T, V] logits."""
+class CrossEntropy(NamedTuple):
+    """Sums over valid targets; only `loss` carries gradients."""
 
-    def sums(hidden_btD, w_Dv, target_bt, valid_bt):
-        split = sharding.mesh_is_set()
-        nll, z = linear_cross_entropy(
+    loss: jax.Array  # of -log p(target) + z_loss * log(Z)^2
+    nll: jax.Array  # of -log p(target)
+    z: jax.Array  # of log(Z)^2
+
+
+def cross_entropy(
+    model: Transformer, hidden_BTD: jax.Array, target_BT: jax.Array, valid_BT: jax.Array, *, z_loss: float = 0.0
+) -> CrossEntropy:
+    """The loss of the output head, computed in chunks: [B, T, V] logits never exist."""
+    tied = model.head is None
+
+    def sums(hidden_btD, w, target_bt, valid_bt):
+        weight_m = valid_bt.reshape(-1)
+        loss, aux = linear_cross_entropy(
             hidden_btD.reshape(-1, hidden_btD.shape[-1]),
-            w_Dv,
+            w,
             target_bt.reshape(-1),
-            valid_bt.reshape(-1),
-            axis_name="tensor" if split else None,
+            weight_m,
+            z_loss=z_loss,
+            vocab_first=tied,
+            axis_name="tensor" if sharding.mesh_is_set() else None,
         )
-        return jax.lax.psum((nll, z), sharding.ROWS) if split else (nll, z)
+        parts = CrossEntropy(loss, jnp.sum(aux.nll_M * weight_m), jnp.sum(jnp.square(aux.lse_M) * weight_m))
+        return jax.lax.psum(parts, sharding.ROWS) if sharding.mesh_is_set() else parts
 
     rows = sharding.spec("batch", None)
+    head = ("vocab", "embed") if tied else ("embed", "vocab")
     return sharding.local(
         sums,
-        in_specs=(sharding.spec("batch", None, None), sharding.gathered("embed", "vocab"), rows, rows),
-        out_specs=(P(), P()),
+        in_specs=(sharding.spec("batch", None, None), sharding.gathered(*head), rows, rows),
+        out_specs=CrossEntropy(P(), P(), P()),
         vary=sharding.ROWS,  # along `tensor` only the vocabulary is split; the op sums over it
-    )(hidden_BTD, model.head_weight(), target_BT, valid_BT.astype(model.precision.logits_dtype))
+    )(hidden_BTD, model.head_weight(), target_BT, valid_BT.astype(jnp.float32))
 
 
 def loss_terms(
@@ -105,18 +118,19 @@ def loss_terms(
     inputs = (batch["positions"][:, :-1], segment_ids[:, :-1])
     output = model(tokens[:, :-1], *inputs)
 
-    nll, z = cross_entropy(model, output.hidden_BTD, *targets_at_depth(tokens, segment_ids, 0))
-    main, z = nll / counts.targets, z / counts.targets
+    main = cross_entropy(model, output.hidden_BTD, *targets_at_depth(tokens, segment_ids, 0), z_loss=weights.z)
+    loss = main.loss / counts.targets
     stats = {"stack": output.stats}
     mtp = []
     for k, (hidden_BTD, module_stats) in enumerate(model.predict_ahead(output.hidden_BTD, tokens[:, 1:], *inputs)):
-        nll, _ = cross_entropy(model, hidden_BTD, *targets_at_depth(tokens, segment_ids, k + 1))
-        mtp.append(nll / counts.mtp_targets[k])
+        ahead = cross_entropy(model, hidden_BTD, *targets_at_depth(tokens, segment_ids, k + 1))
+        mtp.append(ahead.nll / counts.mtp_targets[k])
+        loss += weights.mtp / len(model.mtp) * ahead.loss / counts.mtp_targets[k]
         stats[f"mtp_{k}"] = module_stats
     with_experts = {name: block for name, block in stats.items() if block is not None}
     balance = sum((block.balance_loss for block in with_experts.values()), jnp.float32(0)) / counts.rows
 
-    loss = main + weights.z * z + weights.balance * balance
-    if mtp:
-        loss += weights.mtp * sum(mtp) / len(mtp)
-    return Terms(loss, main, tuple(mtp), balance, z, {name: block.load_E for name, block in with_experts.items()})
+    loads = {name: block.load_E for name, block in with_experts.items()}
+    return Terms(
+        loss + weights.balance * balance, main.nll / counts.targets, tuple(mtp), balance, main.z / counts.targets, loads
+    )

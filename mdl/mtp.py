@@ -1,4 +1,4 @@
-"""Multi-token prediction (DeepSeek-V3 report, section 2.2): module k predicts token t + 1 + k from the causal chain of h and t + k."""
+"""Multi-token prediction (DeepSeek-V3 report, section 2.2): module k predicts token t + 1 + k, keeping the causal chain."""
 
 import dataclasses
 

@@ -67,15 +67,15 @@ class Transformer(nnx.Module):
         )
 
     def head_weight(self) -> jax.Array:
-        """w_DV in the compute dtype, gathered over the row axes."""
+        """w_DV in the compute dtype, gathered over the row axes; w_VD, the embedding, if they are tied."""
         weight = self.embedding if self.head is None else self.head
-        w = sharding.reshard(weight[...].astype(self.precision.compute_dtype), sharding.gathered(*weight.axes))
-        return w.T if self.head is None else w
+        return sharding.reshard(weight[...].astype(self.precision.compute_dtype), sharding.gathered(*weight.axes))
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Scores of every token of the vocabulary, [B, T, V] in the logits dtype; training never calls this."""
         precision = dataclasses.replace(self.precision, compute=self.precision.logits)
-        return einsum("BTD,DV->BTV", hidden_BTD, self.head_weight(), precision)
+        equation = "BTD,VD->BTV" if self.head is None else "BTD,DV->BTV"
+        return einsum(equation, hidden_BTD, self.head_weight(), precision)
 
     def context(self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None) -> Context:
         attention = self.config.attention

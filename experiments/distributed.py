@@ -1,0 +1,41 @@
+"""Joining several hosts into one run."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+
+from experiments.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedFlags:
+    coordinator_address: str | None = None  # host:port of process 0; needed only where the cluster does not tell
+    num_processes: int | None = None  # processes of the run, with coordinator_address
+    process_id: int | None = None  # this process, from 0, with coordinator_address
+
+
+def launched_on_several_hosts(environment: Mapping[str, str]) -> bool:
+    """Whether a TPU pod, SLURM or Open MPI started this process as one of several."""
+    tpu_workers = environment.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
+    return (
+        tpu_workers > 1
+        or int(environment.get("SLURM_NTASKS", "1")) > 1
+        or int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+        or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+        or "JAX_COORDINATOR_ADDRESS" in environment
+    )
+
+
+def initialize(flags: DistributedFlags) -> None:
+    """Connects this process with the others, before any device is used; does nothing for a run of one process."""
+    given = (flags.coordinator_address, flags.num_processes, flags.process_id)
+    if any(value is not None for value in given):
+        if None in given:
+            raise UserError("--coordinator_address, --num_processes and --process_id belong together; give all three")
+        import jax
+
+        jax.distributed.initialize(*given)
+    elif launched_on_several_hosts(os.environ):
+        import jax
+
+        jax.distributed.initialize()

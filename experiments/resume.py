@@ -1,0 +1,134 @@
+"""What a run directory must agree with before a run may go on in it."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.checkpoint import Restored
+from experiments.config import ExperimentConfig
+from experiments.config_tree import diff, from_json, to_json
+from experiments.data.pipeline import Data
+from experiments.errors import UserError
+from experiments.tokenizer import load_tokenizer
+
+CONFIG_NAME = "config.json"
+TOKENIZER_NAME = "tokenizer"
+
+# Fields that define which run it is: a directory whose config differs here holds another run. All others may change on the way.
+_IDENTITY = (
+    "seed",
+    "model.",
+    "data.source",
+    "data.tokenizer",
+    "data.bos",
+    "data.eos",
+    "data.streaming",
+    "train.seq_len",
+)
+_FREE = ("model.scan_layers", "model.remat", "model.max_position_embeddings")
+
+
+def check_directory(config: ExperimentConfig, directory: pathlib.Path) -> None:
+    """UserError if `directory` holds a run of another config; prints the fields that change on the way."""
+    path = directory / CONFIG_NAME
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--workdir={directory}: is a file; name a directory")
+    if not path.exists():
+        return
+    try:
+        earlier = from_json(ExperimentConfig, json.loads(path.read_text()), str(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not a readable config ({error}); choose another --workdir") from error
+    changes = diff(earlier, config)
+    other_run = [line for line in changes if line.startswith(_IDENTITY) and not line.startswith(_FREE)]
+    if other_run:
+        more = f" and {len(other_run) - 3} more" if len(other_run) > 3 else ""
+        raise UserError(
+            f"--workdir={directory} holds a run of another config ({'; '.join(other_run[:3])}{more}); choose another directory"
+        )
+    if changes and jax.process_index() == 0:
+        print(f"going on with other values than before: {'; '.join(changes)}", file=sys.stderr)
+
+
+def check_tokenizer(config: ExperimentConfig, directory: pathlib.Path, data: Data) -> None:
+    """UserError if the tokenizer has more tokens than the model, or is not the one that the run in `directory` began with."""
+    if data.tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size}; "
+            "raise it, or lower data.tokenizer.vocab_size"
+        )
+    saved = directory / TOKENIZER_NAME
+    if saved.exists() and load_tokenizer(saved).fingerprint != data.tokenizer.fingerprint:
+        raise UserError(
+            f"{saved}: not the tokenizer that data.tokenizer gives now (a trained one changes with its corpus); restore the corpus, "
+            f"set data.tokenizer=HfTokenizerConfig with data.tokenizer.path={saved}, or choose another --workdir"
+        )
+
+
+def create(config: ExperimentConfig, directory: pathlib.Path, data: Data) -> None:
+    """Creates the run directory with the resolved config and the tokenizer; process 0 only."""
+    if jax.process_index() != 0:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / TOKENIZER_NAME).exists():
+            unfinished = directory / (TOKENIZER_NAME + ".tmp")
+            data.tokenizer.save(unfinished)
+            unfinished.rename(directory / TOKENIZER_NAME)
+        unfinished = directory / (CONFIG_NAME + ".tmp")
+        unfinished.write_text(json.dumps(to_json(config), indent=2) + "\n")
+        os.replace(unfinished, directory / CONFIG_NAME)
+    except OSError as error:
+        raise UserError(f"--workdir={directory}: cannot be written ({error.strerror}); choose another") from error
+
+
+def provenance(data: Data) -> dict[str, str]:
+    """What a checkpoint says about where it comes from."""
+    return {
+        "tokenizer_sha256": data.tokenizer.fingerprint,
+        "corpus_sha256": data.corpus_sha256,
+        "rows_sha256": data.fingerprint,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": importlib.metadata.version("flax"),
+    }
+
+
+def abstract_state(make_state: Callable[[], Any], mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the state on this mesh; scalars are replicated."""
+
+    def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        partition = leaf.sharding.spec if leaf.sharding else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, partition))
+
+    return jax.tree.map(with_sharding, jax.eval_shape(make_state))
+
+
+def report(restored: Restored | None, data: Data, say: Callable[[str], None]) -> None:
+    """Says where the run goes on, and what is not as it was."""
+    if restored is None:
+        return
+    say(f"resumed from the checkpoint of step {restored.step}")
+    now = provenance(data)
+    if restored.extra["tokenizer_sha256"] != now["tokenizer_sha256"]:
+        raise UserError(
+            "the tokenizer is not the one of the checkpoint; restore its corpus or choose another --workdir"
+        )
+    if restored.extra["rows_sha256"] != now["rows_sha256"]:
+        say(
+            "warning: the corpus has changed since the checkpoint: the rows to come are not those of an uninterrupted run"
+        )
+    for name in ("python", "jax", "flax"):
+        if restored.extra[name] != now[name]:
+            say(
+                f"warning: {name} is {now[name]}, the checkpoint was written with {restored.extra[name]}: expect other roundings"
+            )

@@ -1,0 +1,31 @@
+"""Trains, or evaluates, one configuration.
+
+python -m experiments.run --config=configs/tiny.py --config.train.num_steps=200 --workdir=runs/tiny
+"""
+
+import dataclasses
+
+from experiments.cli import parse_argv, run_main
+from experiments.config import ExperimentConfig
+from experiments.distributed import DistributedFlags, initialize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFlags(DistributedFlags):
+    workdir: str  # where checkpoints, metrics and the resolved config go; an existing run there is resumed
+    eval_only: bool = False  # evaluate the newest checkpoint of workdir and leave
+
+
+def main(argv: list[str]) -> int:
+    config, flags = parse_argv(argv, RunFlags, ExperimentConfig)
+    config.check_training()
+    initialize(flags)
+    from experiments.train import evaluate, train
+
+    if flags.eval_only:
+        return evaluate(config, flags.workdir)
+    return train(config, flags.workdir)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,159 @@
+"""The train step and the evaluation step: pure functions of a state and a batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.config import ExperimentConfig
+from experiments.optim.clip import global_norm
+from mdl.loss import LossWeights, Terms, count_targets, cross_entropy, loss_terms, targets_at_depth
+from mdl.moe.router import updated_bias
+from mdl.pure import PureModel, Tree
+
+Metrics = dict[str, jax.Array]
+
+
+def init_state(config: ExperimentConfig, model: PureModel) -> Tree:
+    """The state of step 0; to be jitted under the mesh."""
+    tree = model.init(jax.random.key(config.seed))
+    state = {
+        "step": jnp.zeros((), jnp.int32),  # optimizer steps begun, the skipped ones included
+        **tree,
+        "opt": config.optim.build(config.train.num_steps).init(tree["params"]),
+        "skipped": jnp.zeros((), jnp.int32),  # steps skipped for a loss or gradient that was not finite
+        "skipped_in_a_row": jnp.zeros((), jnp.int32),
+    }
+    if config.train.ema_decay is not None:
+        state["ema"] = jax.tree.map(jnp.copy, tree["params"])
+    return state
+
+
+def make_train_step(config: ExperimentConfig, model: PureModel) -> Callable[..., tuple[Tree, Metrics]]:
+    """train_step(state, batch, tokens_seen) -> (state, metrics).
+
+    batch: {tokens, segment_ids, positions} int32 [A, B, T + 1], A micro-batches; tokens_seen: float32 scalar, training tokens
+    before this step, from the host's exact count. Not jitted yet: `jax.jit(..., donate_argnums=0)`.
+    """
+    optimizer = config.optim.build(config.train.num_steps)
+    mtp_weight = config.loss.mtp_loss_weight and config.loss.mtp_loss_weight.build(config.train.num_steps)
+    bias_speed = config.loss.bias_update_speed and config.loss.bias_update_speed.build(config.train.num_steps)
+    depth = config.model.mtp.num_nextn_predict_layers if config.model.mtp else 0
+
+    def train_step(state: Tree, batch: dict[str, jax.Array], tokens_seen: jax.Array) -> tuple[Tree, Metrics]:
+        step, counts = state["step"], count_targets(batch["segment_ids"], depth)
+        weights = LossWeights(
+            mtp=mtp_weight(step, tokens_seen) if mtp_weight else 0.0,
+            balance=config.loss.aux_loss_alpha or 0.0,
+            z=config.loss.z_loss_weight or 0.0,
+        )
+
+        def loss(params: Tree, micro_batch: dict[str, jax.Array]) -> tuple[jax.Array, Terms]:
+            terms = loss_terms(model.merge(params, state["buffers"]), micro_batch, weights, counts)
+            return terms.loss, terms
+
+        grads, terms = accumulate(jax.grad(loss, has_aux=True), state["params"], batch)
+        grad_norm = global_norm(grads)
+        learning_rate = optimizer.learning_rate(step, tokens_seen)
+        updates, opt = optimizer.update(
+            grads, state["opt"], state["params"], learning_rate=learning_rate, grad_norm=grad_norm
+        )
+        new = {
+            "params": jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state["params"], updates),
+            "buffers": state["buffers"],
+            "opt": opt,
+        }
+        if bias_speed:
+            new["buffers"] = move_biases(state["buffers"], terms.loads, bias_speed(step, tokens_seen))
+        if config.train.ema_decay is not None:
+            decay = config.train.ema_decay
+            new["ema"] = jax.tree.map(
+                lambda average, p: (decay * average + (1 - decay) * p).astype(p.dtype), state["ema"], new["params"]
+            )
+
+        # A step whose loss or gradient is not finite leaves everything as it was.
+        finite = jnp.isfinite(terms.loss) & jnp.isfinite(grad_norm)
+        kept = {name: state[name] for name in new}
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, kept)
+        new["step"] = step + 1
+        new["skipped"] = state["skipped"] + ~finite
+        new["skipped_in_a_row"] = jnp.where(finite, 0, state["skipped_in_a_row"] + 1)
+
+        metrics = {
+            "loss": terms.loss,
+            "loss/main": terms.main,
+            **{f"loss/mtp_{k + 1}": value for k, value in enumerate(terms.mtp)},
+            **({"loss/balance": terms.balance} if terms.loads else {}),
+            "loss/z": terms.z,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "skipped_steps": new["skipped"],
+            "skipped_in_a_row": new["skipped_in_a_row"],
+            **load_metrics(terms.loads, new["buffers"]),
+        }
+        return new, metrics
+
+    return train_step
+
+
+def accumulate(
+    grad_fn: Callable[..., tuple[Tree, Terms]], params: Tree, batch: dict[str, jax.Array]
+) -> tuple[Tree, Terms]:
+    """Sums of gradients and terms over the leading micro-batch axis; the terms are already divided by the step's counts."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch["tokens"].shape[0] == 1:
+        return grad_fn(params, first)
+
+    def wide(g: jax.Array) -> jax.Array:
+        return g.astype(jnp.promote_types(g.dtype, jnp.float32))
+
+    def add(total: Any, micro_batch: dict[str, jax.Array]) -> tuple[Any, None]:
+        grads, terms = grad_fn(params, micro_batch)
+        return jax.tree.map(jnp.add, total, (jax.tree.map(wide, grads), terms)), None
+
+    grads, terms = grad_fn(params, first)
+    total, _ = jax.lax.scan(add, (jax.tree.map(wide, grads), terms), jax.tree.map(lambda x: x[1:], batch))
+    return total
+
+
+def move_biases(buffers: Tree, loads: dict[str, jax.Array], speed: jax.Array) -> Tree:
+    """Router biases after one optimizer step; `loads` are summed over micro-batches and devices, so the move is one per step."""
+
+    def moved(path: jax.tree_util.KeyPath, bias: jax.Array) -> jax.Array:
+        names = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        return updated_bias(bias, loads[f"mtp_{names[1]}" if names[0] == "mtp" else names[0]], speed)
+
+    return jax.tree_util.tree_map_with_path(moved, buffers)
+
+
+def load_metrics(loads: dict[str, jax.Array], buffers: Tree) -> Metrics:
+    """Balance of the experts, over all mixture-of-experts layers: max violation max/mean - 1 (mean and worst layer), entropy of the
+    load as a share of the uniform one's, norm of the router biases."""
+    if not loads:
+        return {}
+    E = loads["stack"].shape[-1]
+    load_LE = jnp.concatenate([load.reshape(-1, E) for load in loads.values()])
+    share_LE = load_LE / jnp.maximum(jnp.sum(load_LE, axis=-1, keepdims=True), 1)
+    violation_L = jnp.max(share_LE, axis=-1) * E - 1
+    entropy_L = -jnp.sum(jax.scipy.special.xlogy(share_LE, share_LE), axis=-1) / jnp.log(E)
+    metrics = {
+        "load/max_violation": jnp.mean(violation_L),
+        "load/worst_violation": jnp.max(violation_L),
+        "load/entropy": jnp.mean(entropy_L),
+    }
+    if jax.tree.leaves(buffers):
+        metrics["load/bias_norm"] = global_norm(buffers)
+    return metrics
+
+
+def make_eval_step(model: PureModel) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """eval_step(params, buffers, batch [B, T + 1]) -> (sum of -log p over valid targets, number of them)."""
+
+    def eval_step(params: Tree, buffers: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        transformer = model.merge(params, buffers)
+        targets, valid = targets_at_depth(batch["tokens"], batch["segment_ids"], 0)
+        output = transformer(batch["tokens"][:, :-1], batch["positions"][:, :-1], batch["segment_ids"][:, :-1])
+        return cross_entropy(transformer, output.hidden_BTD, targets, valid).nll, jnp.sum(valid, dtype=jnp.float32)
+
+    return eval_step

@@ -1,0 +1,159 @@
+"""The training loop: data, state, then step, log, evaluate and save until the last step."""
+
+import contextlib
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import resume
+from experiments.checkpoint import Checkpointer
+from experiments.compilation_cache import use_compilation_cache
+from experiments.config import ExperimentConfig
+from experiments.config_tree import to_json
+from experiments.data.pipeline import Data
+from experiments.describe import describe
+from experiments.errors import UserError
+from experiments.eval.held_out import HeldOut
+from experiments.eval.sample import print_sample
+from experiments.feed import Feed
+from experiments.interrupt import Interrupt
+from experiments.meter import Meter, Profiler
+from experiments.metrics import NoMetricsWriter
+from experiments.peak_flops import find_peak
+from experiments.plot import plot_at_end
+from experiments.progress import Progress
+from experiments.step import init_state, make_train_step
+from mdl.flops import train_flops_per_token
+from mdl.pure import PureModel
+
+
+def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
+    """Runs, or resumes, `config` in `workdir`; returns the exit code (130 and 143 after Ctrl-C and SIGTERM).
+
+    Raises UserError, before anything is compiled or written, for what cannot be trained here or a workdir of another run.
+    """
+    directory = pathlib.Path(workdir)
+    data = prepare(config, directory)
+    is_main = jax.process_index() == 0
+    say: Callable[[str], None] = (lambda line: print(line, flush=True)) if is_main else (lambda line: None)
+    mesh = config.mesh.build()
+    peak = find_peak(list(mesh.devices.flat))
+
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        model = PureModel(config.model)
+        describe(config, data, mesh, peak, say)
+        checkpointer = stack.enter_context(Checkpointer(directory / "checkpoints", config.checkpoint))
+        make_state = jax.jit(lambda: init_state(config, model))
+        restored = checkpointer.restore_latest(resume.abstract_state(make_state, mesh))
+        resume.report(restored, data, say)
+        state = restored.state if restored else make_state()
+        done = restored.step if restored else 0
+
+        feed = stack.enter_context(Feed(config, data, mesh, restored.data_state if restored else 0))
+        writer = stack.enter_context(
+            config.log.build(directory, restored_step=done, run_config=to_json(config))
+            if is_main
+            else NoMetricsWriter()
+        )
+        progress = stack.enter_context(Progress(config.train.num_steps, every=config.log.every, first_step=done + 1))
+        interrupt = stack.enter_context(Interrupt())
+        profiler = stack.enter_context(Profiler(config.train.profile_steps, directory / "profile"))
+        meter = Meter(train_flops_per_token(config.model, config.train.seq_len), peak.flops)
+        held_out = HeldOut(config, data, model, mesh)
+        train_step = jax.jit(make_train_step(config, model), donate_argnums=0)
+        one_step_in_flight = (
+            jax.default_backend() == "cpu"
+        )  # a CPU with virtual devices aborts when many steps are queued
+
+        def log(step: int, metrics: dict[str, Any], scores: dict[str, float]) -> None:
+            values = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()} | scores
+            values |= meter.finished(step)
+            writer.write(step, values)
+            progress.step(step, values)
+            if values["skipped_in_a_row"] >= config.train.max_skipped_steps:
+                checkpointer.check(wait=True)
+                raise UserError(
+                    f"stopped at step {step}: loss or gradient were not finite {config.train.max_skipped_steps} times in a row "
+                    f"(train.max_skipped_steps); the last good checkpoint is of step {checkpointer.latest_step() or 'none'}; "
+                    "lower optim.learning_rate or look at the data"
+                )
+
+        pending: tuple[int, dict[str, Any]] | None = None  # metrics are fetched one step late, to keep the device busy
+        for step in range(done + 1, config.train.num_steps + 1):
+            is_last = step == config.train.num_steps
+            profiler.before(step)
+            tokens_seen, batch = meter.waiting_for_data(step, feed.next_batch)
+            if one_step_in_flight:
+                jax.block_until_ready(state)
+            state, metrics = train_step(state, batch, tokens_seen)
+            if pending:
+                log(*pending, {})
+            pending = step, metrics
+            profiler.after(step, state)
+
+            exit_code = interrupt.requested()
+            evaluates = held_out.exists and (is_last or step % config.eval.every == 0) and not exit_code
+            if evaluates or exit_code or is_last or step % config.checkpoint.every == 0:
+                jax.block_until_ready(state)
+                meter.pause()
+                log(*pending, held_out.scores(state) if evaluates else {})
+                pending = None
+                if exit_code or is_last or step % config.checkpoint.every == 0:
+                    checkpointer.save(
+                        step,
+                        state,
+                        data_state=feed.state,
+                        config_json=to_json(config),
+                        extra=resume.provenance(data),
+                        force=True,
+                    )
+                meter.resume()
+            if exit_code:
+                progress.say(f"stopped at step {step} and saved; the same command goes on from here")
+                return exit_code
+        if done >= config.train.num_steps:
+            say(f"{directory} has all of its {done} steps; raise train.num_steps to go on")
+        print_sample(config, model, state, data.tokenizer, say)
+    if is_main:
+        say(plot_at_end(directory))
+    return 0
+
+
+def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
+    """Prints the held-out scores of the newest checkpoint in `workdir`; writes nothing."""
+    directory = pathlib.Path(workdir)
+    data = prepare(config, directory, creates=False)
+    mesh = config.mesh.build()
+    with jax.set_mesh(mesh), Checkpointer(directory / "checkpoints", config.checkpoint) as checkpointer:
+        model = PureModel(config.model)
+        restored = checkpointer.restore_latest(resume.abstract_state(jax.jit(lambda: init_state(config, model)), mesh))
+        if restored is None:
+            raise UserError(f"{directory}: no checkpoint to evaluate")
+        resume.report(restored, data, print)
+        started = time.monotonic()
+        scores = HeldOut(config, data, model, mesh).scores(restored.state)
+        print(
+            "  ".join(f"{name} {value:.4f}" for name, value in scores.items()), f"({time.monotonic() - started:.0f} s)"
+        )
+    return 0
+
+
+def prepare(config: ExperimentConfig, directory: pathlib.Path, *, creates: bool = True) -> Data:
+    """Refuses what cannot work, in the order of cost, then reads the corpus and creates the run directory."""
+    config.check_training()
+    config.log.check()
+    config.check_mesh(jax.device_count(), jax.process_count())
+    resume.check_directory(config, directory)
+    data = config.data.build(
+        config.train.seq_len, config.seed, process_index=jax.process_index(), process_count=jax.process_count()
+    )
+    resume.check_tokenizer(config, directory, data)
+    if creates:
+        resume.create(config, directory, data)
+    use_compilation_cache()
+    return data
