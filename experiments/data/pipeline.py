@@ -37,7 +37,7 @@ class DataConfig:
     validation_max_bytes: int = 10_000_000  # evaluate on the first so many bytes of held-out documents (per corpus)
     cache_dir: str | None = None  # for tokens and trained tokenizers; None is $XDG_CACHE_HOME/mdl or ~/.cache/mdl
     num_threads: int = 2  # threads that read ahead
-    num_prefetched: int = 4  # batches read ahead; rows, when streaming
+    num_prefetched: int = 4  # batches read ahead
     streaming: bool = False  # tokenize while training instead of before: for corpora too large for the disk
     num_workers: int = 0  # processes that tokenize, when streaming; 0 tokenizes in the training process
     shuffle_window: int = 1000  # documents shuffled at a time, when streaming

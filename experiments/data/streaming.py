@@ -44,8 +44,10 @@ class PackedStream:
         """`state` is `{"index": 0}` or an earlier `state`, merged over processes. UserError if it does not fit."""
         self._process = str(process_index)
         self._process_count, self._num_workers = process_count, num_workers
-        position = self._own_part(state)
         self.index = state["index"]
+        self._start, self._position = state, self._own_part(state)
+        self._num_prefetched = num_prefetched
+        self._ahead: grain.DatasetIterator | None = None
         if num_workers:
             _let_grain_read_its_flags()
         packed = []
@@ -58,11 +60,7 @@ class PackedStream:
             if num_workers:  # before packing, so that workers split documents and not rows
                 tokens = tokens.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
             packed.append(grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"tokens": seq_len + 1}))
-        rows = packed[0] if len(packed) == 1 else grain.IterDataset.mix(packed, weights)
-        ahead = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=num_prefetched)
-        self._rows = iter(ahead)
-        if position is not None:
-            self._rows.set_state(position)
+        self._rows = packed[0] if len(packed) == 1 else grain.IterDataset.mix(packed, weights)
 
     def _own_part(self, state: Mapping[str, Any]) -> dict[str, Any] | None:
         if state == {"index": 0}:
@@ -82,25 +80,38 @@ class PackedStream:
     @property
     def state(self) -> dict[str, Any]:
         """JSON-serialisable, this process's part of the position."""
+        if self._ahead is None:
+            return dict(self._start)
         return {
             "index": self.index,
             "num_workers": self._num_workers,
             "process_count": self._process_count,
-            "iterators": {self._process: self._rows.get_state()},
+            "iterators": {self._process: self._ahead.get_state()},
         }
 
     def next_rows(self, num_rows: int) -> Row:
         """This process's share of `num_rows` rows: int32 [num_rows / process_count, L + 1] each."""
         num_local = local_count(num_rows, self._process_count)
-        rows = [next(self._rows) for _ in range(num_local)]
+        if self._ahead is None:
+            self._ahead = self._read_ahead(num_local)
+        rows = [next(self._ahead) for _ in range(num_local)]
         self.index += num_rows
         names = {"tokens": "tokens", "segment_ids": "tokens_segment_ids", "positions": "tokens_positions"}
         return stack([{name: row[theirs] for name, theirs in names.items()} for row in rows])
 
+    def _read_ahead(self, num_local: int) -> grain.DatasetIterator:
+        buffer = self._num_prefetched * num_local
+        ahead = iter(grain.experimental.ThreadPrefetchIterDataset(self._rows, prefetch_buffer_size=buffer))
+        if self._position is not None:
+            ahead.set_state(self._position)
+        return ahead
+
     def close(self) -> None:
-        """Stops the reading thread and the workers. The stream cannot be read on."""
-        self._rows.close()
-        del self._rows  # a Grain iterator that lives until the interpreter ends complains there
+        """Stops the reading thread and the workers; a new stream continues from `state`."""
+        if self._ahead is not None:
+            self._start, self._position = self.state, self._ahead.get_state()
+            self._ahead.close()
+        self._ahead = None  # a Grain iterator that lives until the interpreter ends complains there
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

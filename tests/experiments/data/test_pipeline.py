@@ -99,6 +99,16 @@ def test_state_is_the_index_and_json(config):
     assert_equal(read(data, [4], {"index": 13})[0], batch)
 
 
+def test_a_closed_stream_can_be_read_on(config):
+    data = build(config)
+    stream = data.train_stream()
+    batches = []
+    for _ in range(3):
+        batches.append(stream.next_rows(4))
+        stream.close()
+    assert_equal(joined(batches), read(data, [12])[0])
+
+
 def test_batch_sizes_may_change_at_any_time(config):
     data = build(config)
     assert_equal(joined(read(data, [4, 4, 8, 1, 3, 8, 8])), read(data, [36])[0])

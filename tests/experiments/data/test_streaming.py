@@ -89,6 +89,19 @@ def test_resume_from_every_state(config):
         assert_equal(read(data, [2, 2], json.loads(states[step]))[0], batches[step : step + 2])
 
 
+def test_state_before_the_first_and_after_the_last_row(config):
+    data = build(config)
+    batches, states = read(data, [2] * 4)
+    assert json.loads(states[0]) == {"index": 0}
+    stream = data.train_stream(json.loads(states[2]))
+    assert json.loads(json.dumps(stream.state)) == json.loads(states[2])
+    first = stream.next_rows(2)
+    stream.close()
+    stream.close()
+    assert_equal([first], batches[2:3])
+    assert_equal(read(data, [2], json.loads(json.dumps(stream.state)))[0], batches[3:])
+
+
 def test_mixture_resumes(config):
     members = (config.source, dataclasses.replace(config.source, validation_fraction=0.5))
     data = build(dataclasses.replace(config, source=MixtureConfig(members=members, weights=(2.0, 1.0))))
