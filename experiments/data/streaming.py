@@ -21,7 +21,7 @@ class PackedStream:
     """Each process reads its own share of the documents and packs them into rows of L + 1 tokens.
 
     Rows do not overlap, so their first tokens are never targets. The position is Grain's own: it fits only the same
-    number of processes and workers, and every process must save its part (`merge_states`).
+    number of processes and workers, and every process must save its own.
     """
 
     def __init__(
@@ -41,11 +41,10 @@ class PackedStream:
         num_prefetched: int,
         shuffle_window: int,
     ):
-        """`state` is `{"index": 0}` or an earlier `state`, merged over processes. UserError if it does not fit."""
-        self._process = str(process_index)
-        self._process_count, self._num_workers = process_count, num_workers
+        """`state` is `{"index": 0}` or an earlier `state` of this process. UserError if it does not fit."""
+        self._process_index, self._process_count, self._num_workers = process_index, process_count, num_workers
         self.index = state["index"]
-        self._start, self._position = state, self._own_part(state)
+        self._start, self._position = state, self._checked(state)
         self._num_prefetched = num_prefetched
         self._ahead: grain.DatasetIterator | None = None
         if num_workers:
@@ -62,31 +61,31 @@ class PackedStream:
             packed.append(grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"tokens": seq_len + 1}))
         self._rows = packed[0] if len(packed) == 1 else grain.IterDataset.mix(packed, weights)
 
-    def _own_part(self, state: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _checked(self, state: Mapping[str, Any]) -> dict[str, Any] | None:
         if state == {"index": 0}:
             return None
-        if "iterators" not in state:
+        if "iterator" not in state:
             raise UserError("data.streaming=True: this position was saved with data.streaming=False; set it again")
         for name, saved, now in (
             ("data.num_workers", state["num_workers"], self._num_workers),
             ("the number of processes", state["process_count"], self._process_count),
+            ("the process index", state["process_index"], self._process_index),
         ):
             if saved != now:
                 raise UserError(f"{name} is {now}, but this streaming position fits only {saved}; use {saved} again")
-        if self._process not in state["iterators"]:
-            raise UserError(f"data.streaming: the position of process {self._process} was not saved")
-        return _from_json(state["iterators"][self._process])
+        return _from_json(state["iterator"])
 
     @property
     def state(self) -> dict[str, Any]:
-        """JSON-serialisable, this process's part of the position."""
+        """JSON-serialisable; every process has its own."""
         if self._ahead is None:
             return dict(self._start)
         return {
             "index": self.index,
             "num_workers": self._num_workers,
             "process_count": self._process_count,
-            "iterators": {self._process: self._ahead.get_state()},
+            "process_index": self._process_index,
+            "iterator": self._ahead.get_state(),
         }
 
     def next_rows(self, num_rows: int) -> Row:
@@ -112,14 +111,6 @@ class PackedStream:
             self._start, self._position = self.state, self._ahead.get_state()
             self._ahead.close()
         self._ahead = None  # a Grain iterator that lives until the interpreter ends complains there
-
-
-def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state for the checkpoint from those of all processes; states of the cached stream are equal to begin with."""
-    merged = dict(states[0])
-    if "iterators" in merged:
-        merged["iterators"] = {process: part for state in states for process, part in state["iterators"].items()}
-    return merged
 
 
 class TextDataset(grain.IterDataset[str]):
