@@ -38,7 +38,7 @@ def _idle_share(config: TransformerConfig) -> float:
 
 def count_parameters(config: TransformerConfig) -> ParameterCount:
     params = dict(PureModel(config).abstract()["params"])
-    mtp, _ = _count(params.pop("mtp"))
+    mtp, _ = _count(params.pop("mtp", {}))
     total, experts = _count(params)
     return ParameterCount(total, total - round(experts * _idle_share(config)), mtp)
 
@@ -46,14 +46,14 @@ def count_parameters(config: TransformerConfig) -> ParameterCount:
 def forward_flops_per_token(config: TransformerConfig, seq_len: int, *, mtp: bool = True) -> float:
     """Operations of a forward pass per token, a multiply and an add counted as two.
 
-    2 x (parameters in matrix products that a token uses: the head once, and once more per MTP depth; the embedding lookup, norms and
-    idle experts not) + 2 x N x (K + U) x (T + 1) / 2 per attention layer: causal, so a query sees half of the keys on average. For MLA
-    K = H + R and U are the expanded widths, as in training.
+    2 x (parameters in matrix products that a token uses: the head once, and once more per MTP depth; not the embedding lookup,
+    norms and idle experts) + 2 x N x (K + U) x (T + 1) / 2 per attention layer: causal, so a query sees half of the keys on
+    average. For MLA K = H + R and U are the expanded widths, as in training.
     """
     params = dict(PureModel(config).abstract()["params"])
     embedding = math.prod(params.pop("embedding").shape)
     head = math.prod(params.pop("head").shape) if "head" in params else embedding
-    modules = params.pop("mtp")
+    modules = params.pop("mtp", {})
     depth = len(modules) if mtp else 0
     matrices, experts = _count(_matrices(params))
     module_matrices, module_experts = _count(_matrices(modules)) if mtp else (0, 0)

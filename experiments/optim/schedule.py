@@ -118,7 +118,32 @@ class DeepSeekV3ScheduleConfig:
         return rate
 
 
-ScheduleConfig = WsdConfig | CosineConfig | DeepSeekV3ScheduleConfig | ConstantConfig
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepDecayConfig:
+    """Warm-up, then drops by a factor: DeepSeek-V2 (arXiv:2405.04434, section 3.1.2) drops to 0.316 at 60 % and at 90 %."""
+
+    warmup_steps: int = 2000  # linear warm-up from zero
+    boundaries: tuple[float, ...] = (0.6, 0.9)  # shares of the steps after which the rate drops
+    factor: float = 0.316  # what each drop multiplies the rate by
+
+    def __post_init__(self):
+        _check_not_negative(self, "warmup_steps", "factor")
+        if list(self.boundaries) != sorted(set(self.boundaries)) or any(not 0 < edge < 1 for edge in self.boundaries):
+            raise UserError(f"boundaries={self.boundaries} must rise and lie between 0 and 1")
+
+    def build(self, peak: float, num_steps: int) -> Schedule:
+        """Warm-up, then peak * factor ** (boundaries passed)."""
+        warmup = _warmup_steps(self.warmup_steps, 0.0, num_steps)
+        edges = jnp.asarray(self.boundaries, jnp.float32) * num_steps
+
+        def rate(step, tokens):
+            drops = jnp.sum(_float(step) >= edges, dtype=jnp.float32)
+            return peak * _warmup(step, warmup) * self.factor**drops
+
+        return rate
+
+
+ScheduleConfig = WsdConfig | CosineConfig | StepDecayConfig | DeepSeekV3ScheduleConfig | ConstantConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

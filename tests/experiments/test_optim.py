@@ -16,6 +16,7 @@ from experiments.optim.schedule import (
     CosineConfig,
     DeepSeekV3ScheduleConfig,
     PiecewiseConfig,
+    StepDecayConfig,
     WsdConfig,
 )
 
@@ -219,6 +220,11 @@ def test_deepseek_v3_as_published():
     expected = [1.1e-7, 1.1e-4, 2.2e-4, 2.2e-4, 2.2e-4, (2.2e-4 + 2.2e-5) / 2, 2.2e-5, 2.2e-5, 7.3e-6, 7.3e-6]
     np.testing.assert_allclose(curve(schedule, steps, tokens), expected, rtol=1e-4)
     np.testing.assert_allclose(schedule(10**6, 14_700_000_000_000), 7.3e-6, rtol=1e-6)
+
+
+def test_step_decay():
+    config = StepDecayConfig(warmup_steps=2, boundaries=(0.5, 0.9), factor=0.1)
+    np.testing.assert_allclose(curve(config.build(1.0, 10), [0, 1, 4, 5, 8, 9]), [0.5, 1, 1, 0.1, 0.1, 0.01], rtol=1e-6)
 
 
 def test_constant():
