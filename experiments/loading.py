@@ -54,15 +54,15 @@ class ModelSource:
             return load_tokenizer(self.tokenizer_directory)
         return None
 
-    def load(self, mesh: MeshConfig = USE_MESH) -> LoadedModel:
-        """Reads the arrays onto a mesh of all devices; UserError for files that do not fit the config."""
+    def load(self, mesh: Mesh | None = None) -> LoadedModel:
+        """Reads the arrays onto `mesh`, by default all devices; UserError for files that do not fit the config."""
         with _as_user_error():
-            built = mesh.build()
-            arrays = self.read_arrays(self.config, built)
-        return LoadedModel(self.config, built, arrays, PureModel(self.config), self.tokenizer())
+            mesh = USE_MESH.build() if mesh is None else mesh
+            arrays = self.read_arrays(self.config, mesh)
+        return LoadedModel(self.config, mesh, arrays, PureModel(self.config), self.tokenizer())
 
 
-def load_model(checkpoint: str | os.PathLike, mesh: MeshConfig = USE_MESH) -> LoadedModel:
+def load_model(checkpoint: str | os.PathLike, mesh: Mesh | None = None) -> LoadedModel:
     """`find_model` and `load` in one."""
     return find_model(checkpoint).load(mesh)
 
