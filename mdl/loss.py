@@ -102,7 +102,7 @@ def cross_entropy(
     return sharding.local(
         sums,
         in_specs=(sharding.spec("batch", None, None), sharding.gathered(*head), rows, rows),
-        out_specs=CrossEntropy(P(), P(), P()),
+        out_specs=P(),
         vary=sharding.ROWS,  # along `tensor` only the vocabulary is split; the op sums over it
     )(hidden_BTD, model.head_weight(), target_BT, valid_BT.astype(jnp.float32))
 

@@ -1,0 +1,28 @@
+"""Measures one thing and prints JSON.
+
+    python -m experiments.bench step --config=configs/tiny.py      tokens/s, MFU, compile time, peak memory of the train step
+    python -m experiments.bench depth --config=configs/tiny.py     compile time of the train step by number of layers
+    python -m experiments.bench experts                            expert products as a share of the dense matrix-product rate
+
+Each takes `--repeats`, and `--out=FILE.json` to keep the result with date, commit and versions. Data is random: nothing is read.
+"""
+
+from experiments.benches import depth, experts, step
+from experiments.cli import did_you_mean, run_main
+from experiments.errors import UserError
+
+BENCHES = {"step": step.main, "depth": depth.main, "experts": experts.main}
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("--help", "-h"):
+        print(__doc__)
+        return
+    name, *rest = argv
+    if name not in BENCHES:
+        raise UserError(f"no bench {name!r}{did_you_mean(name, BENCHES)}; there are {', '.join(BENCHES)}")
+    BENCHES[name](rest)
+
+
+if __name__ == "__main__":
+    run_main(main)
