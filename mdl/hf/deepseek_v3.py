@@ -89,6 +89,11 @@ def transformer(
     fields.only("qk_head_dim", head_dim)
     fields.only("moe_layer_freq", 1)
     dense = fields.integer("first_k_dense_replace", 0)
+    experts = MoeConfig(
+        moe_intermediate_size=fields.integer("moe_intermediate_size"),
+        n_shared_experts=fields.integer("n_shared_experts", 0),
+        router=router,
+    )
     return TransformerConfig(
         **sizes,
         attention=MlaConfig(
@@ -102,13 +107,7 @@ def transformer(
             rope=rope(fields),
         ),
         mlp=MlpConfig(intermediate_size=fields.integer("intermediate_size")),
-        moe=MoeConfig(
-            moe_intermediate_size=fields.integer("moe_intermediate_size"),
-            n_shared_experts=fields.integer("n_shared_experts", 0),
-            router=router,
-        )
-        if dense < sizes["num_hidden_layers"]
-        else None,
+        moe=experts if dense < sizes["num_hidden_layers"] else None,
         first_k_dense_replace=dense,
         mtp=mtp,
     )

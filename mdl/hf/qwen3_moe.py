@@ -26,25 +26,24 @@ def model_config(fields: Fields) -> TransformerConfig:
     only_full_attention(fields)
     sizes = shared(fields)
     dense = dense_layers(fields, sizes["num_hidden_layers"])
+    experts = MoeConfig(
+        moe_intermediate_size=fields.integer("moe_intermediate_size"),
+        n_shared_experts=0,
+        router=RouterConfig(
+            # Newer files call it num_local_experts.
+            n_routed_experts=fields.integer("num_experts" if fields.has("num_experts") else "num_local_experts"),
+            num_experts_per_tok=fields.integer("num_experts_per_tok"),
+            scoring_func="softmax",
+            topk_method="greedy",
+            norm_topk_prob=fields.flag("norm_topk_prob", False),
+            routed_scaling_factor=1.0,
+        ),
+    )
     return TransformerConfig(
         **sizes,
         attention=grouped_query_attention(fields, qk_norm=True),
         mlp=MlpConfig(intermediate_size=fields.integer("intermediate_size")),
-        moe=MoeConfig(
-            moe_intermediate_size=fields.integer("moe_intermediate_size"),
-            n_shared_experts=0,
-            router=RouterConfig(
-                # Newer files call it num_local_experts.
-                n_routed_experts=fields.integer("num_experts" if fields.has("num_experts") else "num_local_experts"),
-                num_experts_per_tok=fields.integer("num_experts_per_tok"),
-                scoring_func="softmax",
-                topk_method="greedy",
-                norm_topk_prob=fields.flag("norm_topk_prob", False),
-                routed_scaling_factor=1.0,
-            ),
-        )
-        if dense < sizes["num_hidden_layers"]
-        else None,
+        moe=experts if dense < sizes["num_hidden_layers"] else None,
         first_k_dense_replace=dense,
     )
 

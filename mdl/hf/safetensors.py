@@ -5,7 +5,6 @@ file and the tensor. Nothing is copied until a caller does.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -62,22 +61,23 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __init__(self, entries: Mapping[str, Entry]):
         self.entries = entries
+        self._maps: dict[pathlib.Path, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
-        content = _mapped(entry.file)[entry.start : entry.start + entry.num_bytes]
+        if entry.file not in self._maps:
+            self._maps[entry.file] = np.memmap(entry.file, np.uint8, mode="r").view(np.ndarray)
+        content = self._maps[entry.file][entry.start : entry.start + entry.num_bytes]
         return content.view(entry.dtype).reshape(entry.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
-
-
-@functools.lru_cache(maxsize=256)
-def _mapped(file: pathlib.Path) -> np.ndarray:
-    return np.memmap(file, np.uint8, mode="r").view(np.ndarray)
 
 
 def open_tensors(directory: str | os.PathLike) -> Tensors:
