@@ -3,11 +3,34 @@
 from collections.abc import Callable
 
 from experiments.config import ExperimentConfig
+from experiments.continuation import Continuation
 from experiments.tokenizer import Tokenizer
+from mdl.generate import Generator, Sampling
 from mdl.pure import PureModel, Tree
+
+SAMPLING = Sampling(temperature=0.8)
 
 
 def print_sample(
     config: ExperimentConfig, model: PureModel, state: Tree, tokenizer: Tokenizer, say: Callable[[str], None]
 ) -> None:
-    pass
+    """Continues `eval.sample_prompt`, drawn from `seed`. Every process takes part; under the mesh of the run."""
+    if config.eval.sample_prompt is None:
+        return
+    ids = tokenizer.encode(config.eval.sample_prompt, bos=config.data.bos)
+    length = min(config.eval.sample_tokens, config.model.max_position_embeddings - len(ids))
+    if not ids or length < 1:
+        say("no sample: eval.sample_prompt has no tokens, or more than model.max_position_embeddings leaves room for")
+        return
+    row = Continuation(tokenizer, eos_id=tokenizer.eos_id)
+    stream = Generator(model, state).stream(
+        [ids], max_new_tokens=length, sampling=SAMPLING, seeds=[config.seed % 2**32]
+    )
+    for token_B in stream:
+        row.push(token_B[0])
+        if row.finish:
+            break
+    row.end()
+    say(f"--- sample: {len(row.ids)} tokens, temperature {SAMPLING.temperature}, seed {config.seed}")
+    say(f"{config.eval.sample_prompt}{row.text}")
+    say("---")
