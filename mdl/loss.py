@@ -115,14 +115,16 @@ def loss_terms(
 ) -> Terms:
     """The loss of one micro-batch {tokens, segment_ids, positions}, each [B, T + 1], already divided by the step's counts."""
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    inputs = (batch["positions"][:, :-1], segment_ids[:, :-1])
-    output = model(tokens[:, :-1], *inputs)
+    positions_BT, segment_ids_BT = batch["positions"][:, :-1], segment_ids[:, :-1]
+    output = model(tokens[:, :-1], positions_BT, segment_ids_BT)
 
-    main = cross_entropy(model, output.hidden_BTD, *targets_at_depth(tokens, segment_ids, 0), z_loss=weights.z)
+    target_BT, valid_BT = targets_at_depth(tokens, segment_ids, 0)
+    main = cross_entropy(model, output.hidden_BTD, target_BT, valid_BT, z_loss=weights.z)
     loss = main.loss / counts.targets
     stats = {"stack": output.stats}
     mtp = []
-    for k, (hidden_BTD, module_stats) in enumerate(model.predict_ahead(output.hidden_BTD, tokens[:, 1:], *inputs)):
+    modules = model.predict_ahead(output.hidden_BTD, target_BT, positions_BT, jnp.where(valid_BT, segment_ids_BT, 0))
+    for k, (hidden_BTD, module_stats) in enumerate(modules):
         ahead = cross_entropy(model, hidden_BTD, *targets_at_depth(tokens, segment_ids, k + 1))
         mtp.append(ahead.nll / counts.mtp_targets[k])
         loss += weights.mtp / len(model.mtp) * ahead.loss / counts.mtp_targets[k]

@@ -140,15 +140,19 @@ class Transformer(nnx.Module):
     ) -> list[tuple[jax.Array, BlockStats | None]]:
         """Hidden states of each MTP module: entry k - 1 at position t predicts token t + 1 + k.
 
-        tokens_BT holds at t the token t + 1; the last k positions of depth k have no input and must be masked by the caller.
+        tokens_BT holds at t the token t + 1; segment_ids_BT is 0 wherever that token is of another document. The last k positions
+        of a document have no input at depth k: they are padding there, in the loads and the balance loss too.
         """
-        context = self.context(positions_BT, segment_ids_BT)
         ahead = []
         for module in self.mtp.values():
-            run = _remat(lambda h_BTD, e_BTD, module=module: module(h_BTD, e_BTD, context), self.config.remat)
+            context = self.context(positions_BT, segment_ids_BT)
+            run = _remat(
+                lambda h_BTD, e_BTD, module=module, context=context: module(h_BTD, e_BTD, context), self.config.remat
+            )
             hidden_BTD, stats = run(hidden_BTD, self.embed(tokens_BT))
             ahead.append((hidden_BTD, stats))
             tokens_BT = shift_left(tokens_BT)
+            segment_ids_BT = jnp.where(shift_left(segment_ids_BT) == segment_ids_BT, segment_ids_BT, 0)
         return ahead
 
 
