@@ -169,21 +169,20 @@ class ExperimentConfig:
         for name, value, parts, axis in (
             ("train.batch_size / train.grad_accum_steps", self.train.micro_batch_size, rows, "data x fsdp x expert"),
             ("eval.batch_size", self.eval_batch_size, rows, "data x fsdp x expert"),
-            ("train.batch_size / train.grad_accum_steps", self.train.micro_batch_size, num_processes, "processes"),
             ("model.hidden_size", model.hidden_size, fsdp, "fsdp"),
             ("model.vocab_size", model.vocab_size, tensor, "tensor"),
             ("model.attention heads", heads, tensor, "tensor"),
             ("model.mlp.intermediate_size", model.mlp.intermediate_size, tensor, "tensor"),
             ("model.moe.moe_intermediate_size", width, tensor, "tensor"),
-            (
-                "model.moe.router.n_routed_experts",
-                experts,
-                expert,
-                "expert",
-            ),
+            ("model.moe.router.n_routed_experts", experts, expert, "expert"),
         ):
             if value % parts:
                 raise UserError(f"{name}={value} is not divisible by mesh {axis}={parts}; change one of them")
+        if rows % num_processes:
+            raise UserError(
+                f"mesh data x fsdp x expert={rows} is not divisible by the {num_processes} processes, each of which reads rows "
+                "of its own; change one of them"
+            )
 
     @property
     def eval_batch_size(self) -> int:

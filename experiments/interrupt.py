@@ -2,32 +2,50 @@
 
 import os
 import signal
+import socket
 import sys
-from types import FrameType
+import threading
 from typing import Self
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interrupt:
-    """Use in `with`; `requested()` tells the loop to stop. Exit codes: 130 for Ctrl-C, 143 for SIGTERM."""
+    """Use in `with`; `requested()` tells the loop to stop. Exit codes: 130 for Ctrl-C, 143 for SIGTERM.
+
+    A thread receives the signals: Python's own handlers wait until a compilation or a device returns.
+    """
 
     def __init__(self):
         self._signal: int | None = None
         self._previous = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._receive)
+        self._listener, self._woken = socket.socketpair()
+        self._woken.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._woken.fileno())
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, name="interrupt", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._woken.close()  # ends the thread
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _listen(self) -> None:
+        with self._listener:
+            while received := self._listener.recv(1):
+                if received[0] in SIGNALS:
+                    self._receive(received[0])
+
+    def _receive(self, number: int) -> None:
         if self._signal is not None:
             os._exit(128 + number)
         self._signal = number

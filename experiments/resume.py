@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.checkpoint import Restored
+from experiments.checkpoint import Restored, read_config, saved_steps
 from experiments.config import ExperimentConfig
 from experiments.config_tree import diff, from_json, to_json
 from experiments.data.pipeline import Data
@@ -22,6 +22,7 @@ from experiments.tokenizer import load_tokenizer
 
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer"
+CHECKPOINTS_NAME = "checkpoints"
 
 # Fields that define which run it is: a directory whose config differs here holds another run. All others may change on the way.
 _IDENTITY = (
@@ -60,7 +61,7 @@ def check_directory(config: ExperimentConfig, directory: pathlib.Path) -> None:
 
 
 def check_tokenizer(config: ExperimentConfig, directory: pathlib.Path, data: Data) -> None:
-    """UserError if the tokenizer has more tokens than the model, or is not the one that the run in `directory` began with."""
+    """UserError if the tokenizer has more tokens than the model, or is not that of the run or of a checkpoint in `directory`."""
     if data.tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size}; "
@@ -69,8 +70,14 @@ def check_tokenizer(config: ExperimentConfig, directory: pathlib.Path, data: Dat
     saved = directory / TOKENIZER_NAME
     if saved.exists() and load_tokenizer(saved).fingerprint != data.tokenizer.fingerprint:
         raise UserError(
-            f"{saved}: not the tokenizer that data.tokenizer gives now (a trained one changes with its corpus); restore the corpus, "
+            f"{saved}: not the tokenizer that data.tokenizer gives now (a trained one changes with its corpus); restore it, "
             f"set data.tokenizer=HfTokenizerConfig with data.tokenizer.path={saved}, or choose another --workdir"
+        )
+    checkpoints = directory / CHECKPOINTS_NAME
+    if saved_steps(checkpoints) and read_config(directory).extra["tokenizer_sha256"] != data.tokenizer.fingerprint:
+        raise UserError(
+            f"{checkpoints}: the tokenizer that data.tokenizer gives now is not that of the checkpoints; restore its corpus "
+            "or choose another --workdir"
         )
 
 
@@ -119,10 +126,6 @@ def report(restored: Restored | None, data: Data, say: Callable[[str], None]) ->
         return
     say(f"resumed from the checkpoint of step {restored.step}")
     now = provenance(data)
-    if restored.extra["tokenizer_sha256"] != now["tokenizer_sha256"]:
-        raise UserError(
-            "the tokenizer is not the one of the checkpoint; restore its corpus or choose another --workdir"
-        )
     if restored.extra["rows_sha256"] != now["rows_sha256"]:
         say(
             "warning: the corpus has changed since the checkpoint: the rows to come are not those of an uninterrupted run"

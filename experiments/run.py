@@ -4,6 +4,7 @@ python -m experiments.run --config=configs/tiny.py --config.train.num_steps=200 
 """
 
 import dataclasses
+import signal
 
 from experiments.cli import parse_argv, run_main
 from experiments.config import ExperimentConfig
@@ -22,9 +23,10 @@ def main(argv: list[str]) -> int:
     initialize(flags)
     from experiments.train import evaluate, train
 
-    if flags.eval_only:
-        return evaluate(config, flags.workdir)
-    return train(config, flags.workdir)
+    try:
+        return (evaluate if flags.eval_only else train)(config, flags.workdir)
+    except KeyboardInterrupt:  # before the first step, or while evaluating: there is nothing to save
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

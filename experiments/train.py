@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from experiments import resume
-from experiments.checkpoint import Checkpointer
+from experiments.checkpoint import Checkpointer, restore_params, saved_steps
 from experiments.compilation_cache import use_compilation_cache
 from experiments.config import ExperimentConfig
 from experiments.config_tree import to_json
@@ -40,14 +41,14 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
     directory = pathlib.Path(workdir)
     data = prepare(config, directory)
     is_main = jax.process_index() == 0
-    say: Callable[[str], None] = (lambda line: print(line, flush=True)) if is_main else (lambda line: None)
+    say = on_first_process(lambda line: print(line, flush=True))
     mesh = config.mesh.build()
     peak = find_peak(list(mesh.devices.flat))
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         model = PureModel(config.model)
         describe(config, data, mesh, peak, say)
-        checkpointer = stack.enter_context(Checkpointer(directory / "checkpoints", config.checkpoint))
+        checkpointer = stack.enter_context(Checkpointer(directory / resume.CHECKPOINTS_NAME, config.checkpoint))
         make_state = jax.jit(lambda: init_state(config, model))
         restored = checkpointer.restore_latest(resume.abstract_state(make_state, mesh))
         resume.report(restored, data, say)
@@ -60,15 +61,18 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
             if is_main
             else NoMetricsWriter()
         )
-        progress = stack.enter_context(Progress(config.train.num_steps, every=config.log.every, first_step=done + 1))
+        screen = None if is_main else stack.enter_context(open(os.devnull, "w"))
+        progress = stack.enter_context(
+            Progress(config.train.num_steps, every=config.log.every, first_step=done + 1, file=screen)
+        )
         interrupt = stack.enter_context(Interrupt())
-        profiler = stack.enter_context(Profiler(config.train.profile_steps, directory / "profile"))
+        profiled = config.train.profile_steps if is_main else None
+        profiler = stack.enter_context(Profiler(profiled, directory / "profile", progress.say))
         meter = Meter(train_flops_per_token(config.model, config.train.seq_len), peak.flops)
         held_out = HeldOut(config, data, model, mesh)
         train_step = jax.jit(make_train_step(config, model), donate_argnums=0)
-        one_step_in_flight = (
-            jax.default_backend() == "cpu"
-        )  # a CPU with virtual devices aborts when many steps are queued
+        # A CPU with virtual devices aborts when many steps are queued, and mixes up collectives that run side by side.
+        one_step_in_flight = jax.default_backend() == "cpu"
 
         def log(step: int, metrics: dict[str, Any], scores: dict[str, float]) -> None:
             values = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()} | scores
@@ -90,12 +94,17 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
             tokens_seen, batch = meter.waiting_for_data(step, feed.next_batch)
             if one_step_in_flight:
                 jax.block_until_ready(state)
+                if pending:
+                    log(*pending, {})
+                    pending = None
             state, metrics = train_step(state, batch, tokens_seen)
             if pending:
                 log(*pending, {})
             pending = step, metrics
             profiler.after(step, state)
 
+            if one_step_in_flight and jax.process_count() > 1:
+                jax.block_until_ready(state)
             exit_code = interrupt.requested()
             evaluates = held_out.exists and (is_last or step % config.eval.every == 0) and not exit_code
             if evaluates or exit_code or is_last or step % config.checkpoint.every == 0:
@@ -114,7 +123,9 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
                     )
                 meter.resume()
             if exit_code:
-                progress.say(f"stopped at step {step} and saved; the same command goes on from here")
+                checkpointer.check(wait=True)
+                if checkpointer.latest_step() == step:  # what could not be saved is told when the block is left
+                    progress.say(f"stopped at step {step} and saved; the same command goes on from here")
                 return exit_code
         if done >= config.train.num_steps:
             say(f"{directory} has all of its {done} steps; raise train.num_steps to go on")
@@ -127,19 +138,25 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
 def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
     """Prints the held-out scores of the newest checkpoint in `workdir`; writes nothing."""
     directory = pathlib.Path(workdir)
+    if not saved_steps(directory / resume.CHECKPOINTS_NAME):
+        raise UserError(f"--workdir={directory}: no checkpoint to evaluate")
     data = prepare(config, directory, creates=False)
+    say = on_first_process(lambda line: print(line, flush=True))
     mesh = config.mesh.build()
-    with jax.set_mesh(mesh), Checkpointer(directory / "checkpoints", config.checkpoint) as checkpointer:
+    with jax.set_mesh(mesh):
         model = PureModel(config.model)
-        restored = checkpointer.restore_latest(resume.abstract_state(jax.jit(lambda: init_state(config, model)), mesh))
-        if restored is None:
-            raise UserError(f"{directory}: no checkpoint to evaluate")
-        resume.report(restored, data, print)
+        held_out = HeldOut(config, data, model, mesh)
+        if not held_out.exists:
+            raise UserError("data.source: no document is held out, there is nothing to evaluate on")
+        abstract = resume.abstract_state(jax.jit(lambda: model.init(jax.random.key(config.seed))), mesh)
+        restored = restore_params(directory, abstract)
+        say(f"evaluating the checkpoint of step {restored.step}")
+        state = restored.state
+        if config.train.ema_decay is not None:
+            state["ema"] = restore_params(directory, abstract, step=restored.step, ema=True).state["params"]
         started = time.monotonic()
-        scores = HeldOut(config, data, model, mesh).scores(restored.state)
-        print(
-            "  ".join(f"{name} {value:.4f}" for name, value in scores.items()), f"({time.monotonic() - started:.0f} s)"
-        )
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in held_out.scores(state).items())
+        say(f"{scores}  ({time.monotonic() - started:.0f} s)")
     return 0
 
 
@@ -148,12 +165,22 @@ def prepare(config: ExperimentConfig, directory: pathlib.Path, *, creates: bool 
     config.check_training()
     config.log.check()
     config.check_mesh(jax.device_count(), jax.process_count())
+    config.optim.build(config.train.num_steps)  # UserError if its schedule does not fit
     resume.check_directory(config, directory)
     data = config.data.build(
-        config.train.seq_len, config.seed, process_index=jax.process_index(), process_count=jax.process_count()
+        config.train.seq_len,
+        config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        say=on_first_process(lambda line: print(line, file=sys.stderr, flush=True)),
     )
     resume.check_tokenizer(config, directory, data)
     if creates:
         resume.create(config, directory, data)
     use_compilation_cache()
     return data
+
+
+def on_first_process(say: Callable[[str], None]) -> Callable[[str], None]:
+    """`say` on process 0; on the others nothing is said."""
+    return say if jax.process_index() == 0 else lambda line: None
