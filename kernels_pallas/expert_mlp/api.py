@@ -1,5 +1,6 @@
 """The public routed experts."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -41,7 +42,8 @@ def expert_mlp(
         )
     if not jnp.issubdtype(index_TX.dtype, jnp.integer):
         raise ValueError(f"expert_mlp needs integer indices, got {index_TX.dtype}")
-    run = select("expert_mlp", implementation, {"xla": _xla, "reference": reference.expert_mlp})
+    table: dict[str, Callable] = {"xla": _xla, "reference": reference.expert_mlp}
+    run = select("expert_mlp", implementation, table)
     return run(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD).astype(x_TD.dtype)
 
 

@@ -1,6 +1,7 @@
 """The public attention op."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -57,7 +58,8 @@ def flash_attention(
     ):
         if ids is not None and ids.shape != (batch, length):
             raise ValueError(f"flash_attention: {name} must be [{batch}, {length}], got {ids.shape}")
-    run = select("flash_attention", implementation, {"xla": _run_xla, "reference": _run_reference})
+    table: dict[str, Callable] = {"xla": _xla, "reference": _run_reference}
+    run = select("flash_attention", implementation, table)
     masks = xla.Masks(
         causal=causal,
         q_segment_ids_BT=q_segment_ids_BT,
@@ -84,10 +86,6 @@ def _run_reference(q_BTNK, k_BSZK, v_BSZU, masks: xla.Masks, scale):
         q_positions_BT=or_else(masks.q_positions_BT, index_1T, q_BTNK),
         kv_positions_BS=or_else(masks.kv_positions_BS, index_1S, k_BSZK),
     )
-
-
-def _run_xla(q_BTNK, k_BSZK, v_BSZU, masks: xla.Masks, scale):
-    return _xla(q_BTNK, k_BSZK, v_BSZU, masks, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -79,8 +79,10 @@ def backward(
     delta_BTN = jnp.sum(out_BTNU.astype(jnp.float32) * dout_BTNU, axis=-1)
     delta_BZGT = _split_heads(delta_BTN[..., None], k_BSZK)[..., 0]
     plan = _Plan.of(q_BTNK.shape[1], k_BSZK.shape[1], masks)
-    dk_BZSK = jnp.zeros_like(k_BZSK, jnp.float32)
-    dv_BZSU = jnp.zeros_like(v_BZSU, jnp.float32)
+    # dk and dv are kept transposed: q^T ds then needs no transpose of ds, which is far larger than q.
+    batch, kv_heads, num_keys, width = k_BZSK.shape
+    dk_BZKS = jnp.zeros((batch, kv_heads, width, num_keys), jnp.float32)
+    dv_BZUS = jnp.zeros((batch, kv_heads, v_BZSU.shape[3], num_keys), jnp.float32)
     dqs = []
     for segment in plan.segments():
         k, v = k_BZSK[:, :, : segment.keys], v_BZSU[:, :, : segment.keys]
@@ -89,21 +91,23 @@ def backward(
             q_BZGtK, dout_BZGtU, lse_BZGt, delta_BZGt, start = block
             s_BZGtS = _logits(q_BZGtK, k, scale)
             visible = _visible(masks, plan, start, segment.keys)
-            p_BZGtS = jnp.where(visible, jnp.exp(s_BZGtS - lse_BZGt[..., None]), 0)
+            p_BZGtS = jnp.exp(jnp.where(visible, s_BZGtS - lse_BZGt[..., None], -jnp.inf))
             dp_BZGtS = _dot(dout_BZGtU, v, 4, 3)
             ds_BZGtS = (p_BZGtS * (dp_BZGtS - delta_BZGt[..., None]) * scale).astype(k.dtype)
             dq_BZGtK = _dot(ds_BZGtS, k, 4, 2)
-            dk = jnp.einsum("BZGTS,BZGTK->BZSK", ds_BZGtS, q_BZGtK, preferred_element_type=jnp.float32)
-            p_BZGtS = p_BZGtS.astype(v.dtype)
-            dv = jnp.einsum("BZGTS,BZGTU->BZSU", p_BZGtS, dout_BZGtU, preferred_element_type=jnp.float32)
-            return dq_BZGtK.astype(q_BTNK.dtype), dk, dv
+            return (
+                dq_BZGtK.astype(q_BTNK.dtype),
+                _sum_over_queries(q_BZGtK, ds_BZGtS),
+                _sum_over_queries(dout_BZGtU, p_BZGtS.astype(v.dtype)),
+            )
 
         dq, dk, dv = segment.map_and_sum(one_block, plan, q_BZGTK, dout_BZGTU, lse_BZGT, delta_BZGT)
         dqs.append(dq)
-        dk_BZSK = dk_BZSK.at[:, :, : segment.keys].add(dk)
-        dv_BZSU = dv_BZSU.at[:, :, : segment.keys].add(dv)
+        dk_BZKS = dk_BZKS.at[:, :, :, : segment.keys].add(dk)
+        dv_BZUS = dv_BZUS.at[:, :, :, : segment.keys].add(dv)
     dq_BTNK = _merge_heads(jnp.concatenate(dqs, axis=3)[:, :, :, : q_BTNK.shape[1]])
-    return dq_BTNK, dk_BZSK.swapaxes(1, 2).astype(k_BSZK.dtype), dv_BZSU.swapaxes(1, 2).astype(v_BSZU.dtype)
+    dk_BSZK, dv_BSZU = dk_BZKS.transpose(0, 3, 1, 2), dv_BZUS.transpose(0, 3, 1, 2)
+    return dq_BTNK, dk_BSZK.astype(k_BSZK.dtype), dv_BSZU.astype(v_BSZU.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,6 +205,14 @@ def _dot(a_BZGtx: jax.Array, b_BZyw: jax.Array, a_axis: int, b_axis: int) -> jax
     """Contracts the last axis of queries with an axis of keys or values; the result keeps [B, Z, G, t, …]."""
     dims = (((a_axis,), (b_axis,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(a_BZGtx, b_BZyw, dims, preferred_element_type=jnp.float32)
+
+
+def _sum_over_queries(a_BZGtK: jax.Array, p_BZGtS: jax.Array) -> jax.Array:
+    """aᵀ p, summed over the queries and heads of a group: [B, Z, K, S]."""
+    batch, kv_heads, groups, block, width = a_BZGtK.shape
+    a_BZKx = a_BZGtK.reshape(batch, kv_heads, groups * block, width).swapaxes(2, 3)
+    p_BZxS = p_BZGtS.reshape(batch, kv_heads, groups * block, p_BZGtS.shape[-1])
+    return jnp.matmul(a_BZKx, p_BZxS, preferred_element_type=jnp.float32)
 
 
 def _split_heads(a_BTNK: jax.Array, k_BSZK: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The public grouped product."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -27,7 +28,8 @@ def grouped_gemm(
         raise ValueError(f"grouped_gemm needs x [M, D] and w [E, D, F], got {x_MD.shape} and {w_EDF.shape}")
     if group_sizes_E.shape != w_EDF.shape[:1] or not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
         raise ValueError(f"grouped_gemm needs {w_EDF.shape[0]} integer group sizes, got {group_sizes_E.aval}")
-    run = select("grouped_gemm", implementation, {"xla": _xla, "reference": reference.grouped_gemm})
+    table: dict[str, Callable] = {"xla": _xla, "reference": reference.grouped_gemm}
+    run = select("grouped_gemm", implementation, table)
     return run(x_MD, w_EDF, group_sizes_E).astype(x_MD.dtype)
 
 

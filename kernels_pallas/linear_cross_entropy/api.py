@@ -1,6 +1,7 @@
 """The public loss of a linear head."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -49,7 +50,8 @@ def linear_cross_entropy(
         )
     if chunk_size < 1:
         raise ValueError(f"linear_cross_entropy: chunk_size = {chunk_size} must be at least 1")
-    run = select("linear_cross_entropy", implementation, {"xla": _xla, "reference": _run_reference})
+    table: dict[str, Callable] = {"xla": _xla, "reference": _run_reference}
+    run = select("linear_cross_entropy", implementation, table)
     options = (z_loss, chunk_size, vocab_first, axis_name)
     loss, aux = run(x_MD, w_DV, target_M.astype(jnp.int32), weight_M.astype(jnp.float32), options)
     return loss, CrossEntropyAux(*aux)

@@ -52,7 +52,8 @@ def forward_with_gradients(
         logits_mV = _logits(x_mD, w_DV, vocab_first)
         loss, (nll_m, lse_m, correct_m) = _losses(logits_mV, target_m, weight_m, z_loss, axis_name)
         p_mV = jnp.exp(logits_mV - lse_m[:, None]) * (weight_m * (1 + 2 * z_loss * lse_m))[:, None]
-        dlogits_mV = jnp.where(_is_target(target_m, logits_mV, axis_name), p_mV - weight_m[:, None], p_mV)
+        column_1V = _first_column(logits_mV, axis_name) + jnp.arange(logits_mV.shape[1], dtype=jnp.int32)[None]
+        dlogits_mV = jnp.where(column_1V == target_m[:, None], p_mV - weight_m[:, None], p_mV)
         dlogits_mV = jnp.where(weight_m[:, None] == 0, 0, dlogits_mV).astype(w_DV.dtype)
         dx_mD = jnp.einsum("MV,VD->MD" if vocab_first else "MV,DV->MD", dlogits_mV, w_DV, **_ACCUMULATE)
         if axis_name is not None:
@@ -82,8 +83,10 @@ def _losses(
     if axis_name is not None:
         max_m = jax.lax.pmax(max_m, axis_name)
     sum_m = jnp.sum(jnp.exp(logits_mV - max_m[:, None]), axis=-1)
-    # A masked sum, not a gather: the target may lie in another shard, and rows are read anyway.
-    label_m = jnp.sum(jnp.where(_is_target(target_m, logits_mV, axis_name), logits_mV, 0), axis=-1)
+    column_m = target_m - _first_column(logits_mV, axis_name)
+    here_m = (column_m >= 0) & (column_m < logits_mV.shape[1])
+    label_m = jnp.take_along_axis(logits_mV, column_m[:, None], axis=1, mode="clip")[:, 0]
+    label_m = jnp.where(here_m, label_m, 0)
     if axis_name is not None:
         sum_m, label_m = jax.lax.psum((sum_m, label_m), axis_name)
     lse_m = max_m + jnp.log(sum_m)
@@ -92,10 +95,8 @@ def _losses(
     return jnp.sum(loss_m), (nll_m, lse_m, label_m >= max_m)
 
 
-def _is_target(target_m: jax.Array, logits_mV: jax.Array, axis_name: str | None) -> jax.Array:
-    vocab = logits_mV.shape[1]
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * vocab
-    return jnp.arange(vocab, dtype=jnp.int32)[None] == (target_m - first)[:, None]
+def _first_column(logits_mV: jax.Array, axis_name: str | None) -> jax.Array | int:
+    return 0 if axis_name is None else jax.lax.axis_index(axis_name) * logits_mV.shape[1]
 
 
 def _chunks(rows, chunk_size: int):
