@@ -1,6 +1,7 @@
 """Parameters and the products with them."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -34,34 +35,39 @@ class Init:
         return nnx.Param(jnp.ones(shape, self.precision.param_dtype), axes=axes)
 
 
-def einsum(equation: str, x: jax.Array, w: jax.Array, precision: PrecisionConfig) -> jax.Array:
-    """`jnp.einsum` of an activation and a parameter; each output dim keeps the sharding of the dim that it comes from.
+def matmul(x: jax.Array, w: jax.Array, precision: PrecisionConfig, *, num_contracted: int = 1) -> jax.Array:
+    """x [B, T, *in] times w [*in, *out] -> [B, T, *out]; each output dim keeps the sharding of the dim that it comes from.
 
     A contraction over a split dim is summed across devices. Computes in the compute dtype, accumulates in the accumulation dtype.
+    The product itself has two dims a side: with more, XLA:CPU copies operands of the backward products.
     """
-    out_sharding = None
-    if sharding.mesh_is_set():
-        operands, out = equation.split("->")
-        x_dims, w_dims = operands.split(",")
-        names = dict(zip(w_dims, jax.typeof(w).sharding.spec, strict=True))
-        names |= dict(zip(x_dims, jax.typeof(x).sharding.spec, strict=True))
-        out_sharding = P(*(names[dim] for dim in out))
-    product = jnp.einsum(equation, x, w, preferred_element_type=precision.accumulation_dtype, out_sharding=out_sharding)
-    return product.astype(precision.compute_dtype)
+    rows, out = x.shape[:2], w.shape[num_contracted:]
+    x_spec, w_spec = sharding.spec_of(x), sharding.spec_of(w)
+    # Of merged dims only the first may be split.
+    x_MI = sharding.reshape(x, (math.prod(rows), -1), P(x_spec[0], x_spec[2]))
+    w_IO = sharding.reshape(w, (-1, math.prod(out)), P(w_spec[0], w_spec[num_contracted]))
+    y_MO = jnp.matmul(
+        x_MI,
+        w_IO,
+        preferred_element_type=precision.accumulation_dtype,
+        out_sharding=sharding.optional_sharding(P(x_spec[0], w_spec[num_contracted])),
+    ).astype(precision.compute_dtype)
+    return sharding.reshape(y_MO, (*rows, *out), P(*x_spec[:2], *w_spec[num_contracted:]))
 
 
 class Linear(nnx.Module):
-    """y = einsum(equation, x, w), without bias. Weights are stored as the equation spells them, heads as dims of their own."""
+    """y = x w, without bias: x [B, T, *in_dims] -> [B, T, *out_dims]; heads are dims of their own. `axes` names the dims of w."""
 
-    def __init__(self, equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *, init: Init):
-        self.equation = equation
+    def __init__(
+        self, in_dims: tuple[int, ...], out_dims: tuple[int, ...], axes: tuple[str | None, ...], *, init: Init
+    ):
+        self.num_contracted = len(in_dims)
         self.precision = init.precision
-        self.weight = init.normal(shape, axes)
-
-    def gathered_weight(self) -> jax.Array:
-        """The weight in the compute dtype, gathered over the row axes; the cast comes first, so that the gather moves less."""
-        w = self.weight[...].astype(self.precision.compute_dtype)
-        return sharding.reshard(w, sharding.gathered(*self.weight.axes))
+        self.weight = init.normal((*in_dims, *out_dims), axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return einsum(self.equation, x.astype(self.precision.compute_dtype), self.gathered_weight(), self.precision)
+        # The cast comes before the gather over the row axes, so that less is moved.
+        w = sharding.reshard(
+            self.weight[...].astype(self.precision.compute_dtype), sharding.gathered(*self.weight.axes)
+        )
+        return matmul(x.astype(self.precision.compute_dtype), w, self.precision, num_contracted=self.num_contracted)

@@ -13,9 +13,9 @@ class Mlp(nnx.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, init: Init):
         D, F = hidden_size, intermediate_size
-        self.gate_proj = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), init=init)
-        self.up_proj = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), init=init)
-        self.down_proj = Linear("BTF,FD->BTD", (F, D), ("mlp", "embed"), init=init)
+        self.gate_proj = Linear((D,), (F,), ("embed", "mlp"), init=init)
+        self.up_proj = Linear((D,), (F,), ("embed", "mlp"), init=init)
+        self.down_proj = Linear((F,), (D,), ("mlp", "embed"), init=init)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -22,7 +22,7 @@ class MtpModule(nnx.Module):
     def __init__(self, block: Block, hidden_size: int, *, eps: float, init: Init):
         self.embedding_norm = RmsNorm(hidden_size, eps=eps, init=init)
         self.hidden_norm = RmsNorm(hidden_size, eps=eps, init=init)
-        self.eh_proj = Linear("BTD,DM->BTM", (2 * hidden_size, hidden_size), ("embed", None), init=init)
+        self.eh_proj = Linear((2 * hidden_size,), (hidden_size,), ("embed", None), init=init)
         self.block = block
         self.norm = RmsNorm(hidden_size, eps=eps, init=init)
 

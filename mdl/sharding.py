@@ -5,6 +5,7 @@ shards (kernels, expert dispatch, the loss) enters `shard_map` through `local`, 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,17 @@ def optional_sharding(partition: P) -> P | None:
 
 def reshard(x: jax.Array, partition: P) -> jax.Array:
     return jax.sharding.reshard(x, partition) if mesh_is_set() else x
+
+
+def spec_of(x: jax.Array) -> P:
+    """The PartitionSpec in the type of `x`, one entry a dim; all None without a mesh."""
+    return jax.typeof(x).sharding.spec if mesh_is_set() else P(*(None,) * x.ndim)
+
+
+def reshape(x: jax.Array, shape: tuple[int, ...], partition: P) -> jax.Array:
+    """`jnp.reshape` to an array that is split as `partition` says."""
+    sizes = tuple(x.size // -math.prod(shape) if size == -1 else size for size in shape)
+    return jax.lax.reshape(x, sizes, out_sharding=optional_sharding(partition))
 
 
 def axis_size(axis: str) -> int:

@@ -13,7 +13,7 @@ from mdl.attention.cache import Cache
 from mdl.attention.core import Context
 from mdl.attention.mla import MlaConfig
 from mdl.block import AttentionConfig, Block, BlockStats
-from mdl.linear import Init, einsum
+from mdl.linear import Init, matmul
 from mdl.mlp import MlpConfig
 from mdl.moe.moe import MoeConfig
 from mdl.mtp import MtpConfig, MtpModule
@@ -74,8 +74,8 @@ class Transformer(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Scores of every token of the vocabulary, [B, T, V] in the logits dtype; training never calls this."""
         precision = dataclasses.replace(self.precision, compute=self.precision.logits)
-        equation = "BTD,VD->BTV" if self.head is None else "BTD,DV->BTV"
-        return einsum(equation, hidden_BTD, self.head_weight(), precision)
+        w = self.head_weight()
+        return matmul(hidden_BTD, w.T if self.head is None else w, precision)
 
     def context(self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None) -> Context:
         attention = self.config.attention

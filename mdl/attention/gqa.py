@@ -19,10 +19,10 @@ class Gqa(nnx.Module):
     def __init__(self, config: "GqaConfig", hidden_size: int, *, eps: float, init: Init):
         D, N, Z, K = hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.config = config
-        self.q_proj = Linear("BTD,DNK->BTNK", (D, N, K), ("embed", "heads", None), init=init)
-        self.k_proj = Linear("BTD,DZK->BTZK", (D, Z, K), ("embed", "heads", None), init=init)
-        self.v_proj = Linear("BTD,DZK->BTZK", (D, Z, K), ("embed", "heads", None), init=init)
-        self.o_proj = Linear("BTNK,NKD->BTD", (N, K, D), ("heads", None, "embed"), init=init)
+        self.q_proj = Linear((D,), (N, K), ("embed", "heads", None), init=init)
+        self.k_proj = Linear((D,), (Z, K), ("embed", "heads", None), init=init)
+        self.v_proj = Linear((D,), (Z, K), ("embed", "heads", None), init=init)
+        self.o_proj = Linear((N, K), (D,), ("heads", None, "embed"), init=init)
         self.q_norm = RmsNorm(K, eps=eps, init=init) if config.qk_norm else None
         self.k_norm = RmsNorm(K, eps=eps, init=init) if config.qk_norm else None
 

@@ -27,15 +27,15 @@ class Mla(nnx.Module):
         H, R, U = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.config = config
         if Q is None:
-            self.q_proj = Linear("BTD,DNK->BTNK", (D, N, H + R), ("embed", "heads", None), init=init)
+            self.q_proj = Linear((D,), (N, H + R), ("embed", "heads", None), init=init)
         else:
-            self.q_a_proj = Linear("BTD,DQ->BTQ", (D, Q), ("embed", None), init=init)
+            self.q_a_proj = Linear((D,), (Q,), ("embed", None), init=init)
             self.q_a_norm = RmsNorm(Q, eps=LATENT_NORM_EPS, init=init)
-            self.q_b_proj = Linear("BTQ,QNK->BTNK", (Q, N, H + R), (None, "heads", None), init=init)
-        self.kv_a_proj = Linear("BTD,DC->BTC", (D, C + R), ("embed", None), init=init)
+            self.q_b_proj = Linear((Q,), (N, H + R), (None, "heads", None), init=init)
+        self.kv_a_proj = Linear((D,), (C + R,), ("embed", None), init=init)
         self.kv_a_norm = RmsNorm(C, eps=LATENT_NORM_EPS, init=init)
-        self.kv_b_proj = Linear("BSC,CNK->BSNK", (C, N, H + U), (None, "heads", None), init=init)
-        self.o_proj = Linear("BTNU,NUD->BTD", (N, U, D), ("heads", None, "embed"), init=init)
+        self.kv_b_proj = Linear((C,), (N, H + U), (None, "heads", None), init=init)
+        self.o_proj = Linear((N, U), (D,), ("heads", None, "embed"), init=init)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         C, R = self.config.kv_lora_rank, self.config.qk_rope_head_dim
