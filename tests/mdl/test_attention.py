@@ -1,0 +1,93 @@
+"""Attention, feed-forward and norm against float64 NumPy; rows are packed here and single documents there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_model
+import pytest
+from flax import nnx
+from models import FLOAT32, QWEN, V2, V3, random_tree
+
+from mdl.attention.core import Context
+from mdl.attention.gqa import GqaConfig
+from mdl.attention.mla import MlaConfig
+from mdl.linear import Init
+from mdl.mlp import Mlp
+from mdl.norm import RmsNorm
+from mdl.rope import RopeConfig, YarnConfig, rotary_tables
+
+D, EPS = 16, 1e-3  # an epsilon large enough to see which norms use it
+CASES = {
+    "mla": V3.attention,
+    "mla_plain_rope": dataclasses.replace(V3.attention, rope=RopeConfig()),
+    "mla_no_query_latent": V2.attention,
+    "mla_unequal_mscale": dataclasses.replace(V3.attention, rope=YarnConfig(mscale=0.5, mscale_all_dim=1.5)),
+    "gqa": QWEN.attention,
+    "gqa_no_qk_norm": dataclasses.replace(QWEN.attention, qk_norm=False, rope=RopeConfig()),
+    "gqa_one_kv_head": dataclasses.replace(QWEN.attention, num_key_value_heads=1, rope=YarnConfig(factor=4.0)),
+    "mha": dataclasses.replace(QWEN.attention, num_key_value_heads=4),
+}
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0, 0], [1] * 10, [0] * 10], np.int32)
+POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0, 0, 0], range(10), [0] * 10], np.int32)
+
+
+def with_random_parameters(module):
+    graph, params = nnx.split(module)
+    arrays = random_tree(nnx.to_pure_dict(params))
+    nnx.replace_by_pure_dict(params, jax.tree.map(jnp.asarray, arrays))
+    return nnx.merge(graph, params), jax.tree.map(lambda a: a.astype(np.float64), arrays)
+
+
+def init() -> Init:
+    return Init(nnx.Rngs(0), 0.1, FLOAT32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention(name):
+    config = CASES[name]
+    module, params = with_random_parameters(config.build(D, eps=EPS, init=init()))
+    x_BTD = np.random.default_rng(0).standard_normal((*SEGMENTS.shape, D)).astype(np.float32)
+    tables = rotary_tables(config.rope, config.rotary_dim, jnp.asarray(POSITIONS))
+    context = Context(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS), tables)
+    got = np.asarray(jax.jit(lambda x: module(x, context)[0])(x_BTD))
+    for b, segments in enumerate(SEGMENTS):
+        for first, end in numpy_model.documents(segments):
+            x = x_BTD[b, first:end].astype(np.float64)
+            want = (
+                numpy_model.mla(x, params, config)
+                if isinstance(config, MlaConfig)
+                else numpy_model.gqa(x, params, config, EPS)
+            )
+            # Float32 with sums of 16 terms, a softmax and two latent norms.
+            np.testing.assert_allclose(got[b, first:end], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_array_equal(got[SEGMENTS == 0], 0)  # padding sees nothing
+
+
+def test_norm():
+    """In float32 whatever comes in; the epsilon counts where values are small."""
+    norm, params = with_random_parameters(RmsNorm(D, eps=EPS, init=init()))
+    x = np.random.default_rng(1).standard_normal((2, 3, D)).astype(np.float32) * np.float32([[[1e-3], [1], [1e3]]])
+    want = numpy_model.rms_norm(x.astype(np.float64), params["weight"], EPS)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), want, rtol=1e-6)
+
+
+def test_mlp():
+    mlp, params = with_random_parameters(Mlp(D, 24, init=init()))
+    x = np.random.default_rng(2).standard_normal((2, 3, D)).astype(np.float32)
+    want = numpy_model.mlp(x.astype(np.float64), params)
+    np.testing.assert_allclose(mlp(jnp.asarray(x)), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GqaConfig(num_attention_heads=4, num_key_value_heads=3), "num_key_value_heads=3"),
+        (lambda: GqaConfig(head_dim=7), "head_dim is 7"),
+        (lambda: MlaConfig(qk_rope_head_dim=5), "qk_rope_head_dim is 5"),
+    ],
+)
+def test_configs_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
