@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -19,7 +17,7 @@ from experiments.resume import TOKENIZER_NAME
 from experiments.tokenizer import Tokenizer, load_tokenizer
 from mdl import hf
 from mdl.hf import load as hf_load
-from mdl.pure import PureModel
+from mdl.pure import PureModel, Tree
 from mdl.sharding import MeshConfig
 from mdl.transformer import Transformer, TransformerConfig
 
@@ -32,7 +30,7 @@ class LoadedModel:
 
     config: TransformerConfig
     mesh: Mesh
-    arrays: dict[str, Any]  # {"params": ..., "buffers": ...}
+    arrays: Tree  # {"params": ..., "buffers": ...}
     pure: PureModel
     tokenizer: Tokenizer | None
 
@@ -47,7 +45,7 @@ class ModelSource:
 
     config: TransformerConfig
     tokenizer_directory: pathlib.Path
-    read_arrays: Callable[[TransformerConfig, Mesh], dict[str, Any]]
+    read_arrays: Callable[[PureModel, Mesh], Tree]
 
     def tokenizer(self) -> Tokenizer | None:
         if (self.tokenizer_directory / "tokenizer.json").is_file():
@@ -58,8 +56,9 @@ class ModelSource:
         """Reads the arrays onto `mesh`, by default all devices; UserError for files that do not fit the config."""
         with _as_user_error():
             mesh = USE_MESH.build() if mesh is None else mesh
-            arrays = self.read_arrays(self.config, mesh)
-        return LoadedModel(self.config, mesh, arrays, PureModel(self.config), self.tokenizer())
+            pure = PureModel(self.config)
+            arrays = self.read_arrays(pure, mesh)
+        return LoadedModel(self.config, mesh, arrays, pure, self.tokenizer())
 
 
 def load_model(checkpoint: str | os.PathLike, mesh: Mesh | None = None) -> LoadedModel:
@@ -73,24 +72,24 @@ def find_model(checkpoint: str | os.PathLike) -> ModelSource:
     if "://" not in os.fspath(checkpoint) and not directory.is_dir():
         raise UserError(f"--checkpoint={checkpoint}: no such directory")
     if is_hugging_face(directory):
-        with _as_user_error(str(directory)):
+        with _as_user_error(f"{directory}: "):
             config = hf.model_config(hf_load.read_config(directory))
-        return ModelSource(config, directory, lambda config, mesh: hf_load.load_params(directory, config, mesh))
+        return ModelSource(config, directory, lambda pure, mesh: hf_load.load_params(directory, pure, mesh))
     saved = read_config(checkpoint)
     experiment = from_json(ExperimentConfig, saved.config_json, f"{checkpoint}: config")
     return ModelSource(
         experiment.model,
         _run_directory(directory) / TOKENIZER_NAME,
-        lambda config, mesh: _restore(checkpoint, saved.step, config, mesh),
+        lambda pure, mesh: _restore(checkpoint, saved.step, pure, mesh),
     )
 
 
 def is_hugging_face(directory: pathlib.Path) -> bool:
     """Whether config.json names a model type; the config.json of a run does not."""
-    try:
-        return "model_type" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not (directory / "config.json").is_file():
         return False
+    with _as_user_error():
+        return "model_type" in hf_load.read_config(directory)
 
 
 def _run_directory(directory: pathlib.Path) -> pathlib.Path:
@@ -101,9 +100,9 @@ def _run_directory(directory: pathlib.Path) -> pathlib.Path:
     return directory
 
 
-def _restore(checkpoint: str | os.PathLike, step: int, config: TransformerConfig, mesh: Mesh) -> dict[str, Any]:
+def _restore(checkpoint: str | os.PathLike, step: int, pure: PureModel, mesh: Mesh) -> Tree:
     with jax.set_mesh(mesh):
-        abstract = PureModel(config).abstract()
+        abstract = pure.abstract()
 
     def on_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, leaf.sharding.spec)  # pyright: ignore[reportAttributeAccessIssue]
@@ -118,4 +117,4 @@ def _as_user_error(where: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UserError(f"{where}{': ' if where else ''}{error}") from error
+        raise UserError(f"{where}{error}") from error

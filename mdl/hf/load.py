@@ -32,16 +32,16 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     return config_json
 
 
-def load_params(directory: str | os.PathLike, config: TransformerConfig, mesh: Mesh) -> Tree:
-    """{"params": ..., "buffers": ...} as `PureModel` takes them, on `mesh`, in the dtypes of `config.precision`.
+def load_params(directory: str | os.PathLike, model: PureModel, mesh: Mesh) -> Tree:
+    """{"params": ..., "buffers": ...} of `model`, on `mesh`, in the dtypes of its config.
 
     Each process reads the slices that its own devices hold. ValueError lists what is missing, left over or of another shape,
     before anything is read.
     """
     tensors = open_tensors(directory)
     with jax.set_mesh(mesh):
-        abstract = PureModel(config).abstract()
-    bindings = bind(family(read_config(directory)).TABLE, config, leaf_shapes(abstract))
+        abstract = model.abstract()
+    bindings = bind(family(read_config(directory)).TABLE, model.config, leaf_shapes(abstract))
     check(bindings, tensors, directory)
     sources = {binding.path: binding for binding in bindings if not binding.row.is_copy}
 

@@ -15,6 +15,7 @@ from mdl import hf
 from mdl.hf import llama
 from mdl.hf.load import export_tensors, load_params, read_config
 from mdl.hf.table import Layout
+from mdl.pure import PureModel
 from mdl.sharding import MeshConfig
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
@@ -35,7 +36,7 @@ def one_device():
 
 def load(directory, mesh=None):
     config = hf.model_config(read_config(directory))
-    return load_params(directory, config, mesh or one_device()), config
+    return load_params(directory, PureModel(config), mesh or one_device()), config
 
 
 @pytest.fixture
