@@ -43,7 +43,8 @@ def _xla_fwd(x_MD, w_EDF, sizes_E):
 
 
 def _xla_bwd(residuals, dy_MF):
-    return *xla.backward(*residuals, dy_MF), None
+    x_MD, w_EDF, sizes_E = residuals
+    return *xla.backward(x_MD, w_EDF, sizes_E, dy_MF), None
 
 
 _xla.defvjp(_xla_fwd, _xla_bwd)

@@ -35,7 +35,7 @@ def linear_cross_entropy(
 
     Float32 logits and losses. `vocab_first`: w is [V, D], an embedding table that is tied to the head; nothing is transposed.
     `axis_name`: inside shard_map, the mesh axis over which w's vocabulary is split (targets count globally); x, the loss
-    and dx are the same on every shard. A row of weight 0 is left out of loss and gradient, NaNs included. Differentiable
+    and dx are the same on every shard. A row of weight 0 is left out. Differentiable
     in x and w only, through the loss only.
 
     Raises ValueError on shapes that do not fit, and Unsupported on an implementation that is not there.
