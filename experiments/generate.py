@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     if out and not out.absolute().parent.is_dir():
         raise UserError(f"--out={out}: the directory {out.absolute().parent} does not exist")
 
-    from experiments.compilation_cache import use_compilation_cache
+    from experiments.backend import set_up_backend
     from experiments.continuation import Continuation
     from experiments.loading import find_model
     from mdl.generate import Sampling, check_prompts
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     if tokenizer is None and stops:
         raise UserError(f"--stop: {flags.checkpoint} has no tokenizer.json, so that its tokens are no text")
 
-    use_compilation_cache()
+    set_up_backend()
     model = (_averaged(source, flags.checkpoint) if flags.ema else source).load()
     eos_id = tokenizer.eos_id if tokenizer and flags.eos else None
     rows = [Continuation(tokenizer, eos_id=eos_id, stop=stops) for _ in prompts]
@@ -240,15 +240,13 @@ def _averaged(source: "ModelSource", checkpoint: str) -> "ModelSource":
     from experiments.checkpoint import read_config, restore_params
     from experiments.loading import is_hugging_face
     from experiments.resume import abstract_state
-    from mdl.pure import PureModel
 
     if is_hugging_face(pathlib.Path(checkpoint)) or read_config(checkpoint).config_json["train"]["ema_decay"] is None:
         raise UserError(f"--ema: {checkpoint} holds no averaged parameters (runs keep them with train.ema_decay)")
 
-    def read_arrays(config, mesh):
+    def read_arrays(pure, mesh):
         with jax.set_mesh(mesh):
-            model = PureModel(config)
-            abstract = abstract_state(lambda: model.init(jax.random.key(0)), mesh)
+            abstract = abstract_state(lambda: pure.init(jax.random.key(0)), mesh)
         return restore_params(checkpoint, abstract, ema=True).state
 
     return dataclasses.replace(source, read_arrays=read_arrays)
