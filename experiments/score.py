@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out={out}: the directory {out.absolute().parent} does not exist")
 
-    from experiments.compilation_cache import use_compilation_cache
+    from experiments.backend import set_up_backend
     from experiments.loading import find_model
 
     source = find_model(flags.checkpoint)
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
     from experiments.scoring import score
 
-    use_compilation_cache()
+    set_up_backend()
     scores = score(source.load(), input_ids_BT, flags.batch_size)
     unfinished = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:

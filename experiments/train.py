@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from experiments import resume
+from experiments.backend import set_up_backend
 from experiments.checkpoint import Checkpointer, restore_params, saved_steps
-from experiments.compilation_cache import use_compilation_cache
 from experiments.config import ExperimentConfig
 from experiments.config_tree import to_json
 from experiments.data.pipeline import Data
@@ -177,7 +177,7 @@ def prepare(config: ExperimentConfig, directory: pathlib.Path, *, creates: bool 
     resume.check_tokenizer(config, directory, data)
     if creates:
         resume.create(config, directory, data)
-    use_compilation_cache()
+    set_up_backend()
     return data
 
 

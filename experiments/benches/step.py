@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.backend import set_up_backend
 from experiments.benches.report import BenchFlags, report, seconds
 from experiments.cli import parse_argv
-from experiments.compilation_cache import use_compilation_cache
 from experiments.config import ExperimentConfig
 from experiments.feed import place
 from experiments.peak_flops import find_peak
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     config, flags = parse_argv(argv, BenchFlags, ExperimentConfig)
     config.check_training()
     config.check_mesh(jax.device_count(), jax.process_count())
-    use_compilation_cache()
+    set_up_backend()
     report("step", flags, measure(config, flags.repeats))
 
 
