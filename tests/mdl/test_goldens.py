@@ -30,6 +30,8 @@ DEEPSEEK = ["deepseek_v3", "deepseek_v3_yarn", "deepseek_v3_mtp", "deepseek_v2_l
 VARIANTS = [*DEEPSEEK, "qwen3_untied", "qwen3_moe", "llama"]
 TOLERANCE = 1e-4  # see tests/golden/README.md
 
+# Half the time to compile, and nothing here runs long.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 all_variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -135,7 +137,7 @@ def run_layers(pure, arrays, batch):
 def test_every_layer(variant):
     model, want = loaded(variant), golden(variant)
     with jax.set_mesh(model.mesh):
-        found = jax.jit(functools.partial(run_layers, model.pure))(model.arrays, batch_of(want["input_ids"], model))
+        found = quick_jit(functools.partial(run_layers, model.pure))(model.arrays, batch_of(want["input_ids"], model))
     found = {name: np.asarray(value) for name, value in found.items()}
     for name in [name for name in found if name.endswith("topk_index")]:
         order = np.argsort(found[name], axis=-1)
@@ -162,9 +164,11 @@ def test_rotary_settings(variant):
 # ---- loss and gradients
 
 
-def loss_and_gradients(model: LoadedModel, ids_BT: np.ndarray):
+@functools.cache
+def loss_and_gradients(variant: str):
     """Terms, and the gradient of the main loss in the place of the parameters."""
-    batch = batch_of(ids_BT, model)
+    model = loaded(variant)
+    batch = batch_of(golden(variant)["input_ids"], model)
     counts = count_targets(
         batch["segment_ids"][None], model.config.mtp.num_nextn_predict_layers if model.config.mtp else 0
     )
@@ -174,14 +178,14 @@ def loss_and_gradients(model: LoadedModel, ids_BT: np.ndarray):
         return terms.loss, terms
 
     with jax.set_mesh(model.mesh):
-        gradients, terms = jax.jit(jax.grad(loss, has_aux=True))(model.arrays["params"])
+        gradients, terms = quick_jit(jax.grad(loss, has_aux=True))(model.arrays["params"])
     return terms, {"params": gradients, "buffers": model.arrays["buffers"]}
 
 
 @all_variants
 def test_loss_and_gradients(variant):
     model, want = loaded(variant), golden(variant)
-    terms, arrays = loss_and_gradients(model, want["input_ids"])
+    terms, arrays = loss_and_gradients(variant)
     table = hf.family(read_config(GOLDEN / variant)).TABLE
     gradients = dict(export_tensors(arrays, model.config, table))
 
@@ -212,10 +216,10 @@ def test_multi_token_prediction():
         return ahead_BTD, module.logits(ahead_BTD)
 
     with jax.set_mesh(model.mesh):
-        hidden_BTD, logits_BTV = jax.jit(predict)(model.arrays, batch_of(want["input_ids"], model))
+        hidden_BTD, logits_BTV = quick_jit(predict)(model.arrays, batch_of(want["input_ids"], model))
     close(hidden_BTD, want["mtp.hidden"])
     close(logits_BTV, want["mtp.logits"])
-    terms, _ = loss_and_gradients(model, want["input_ids"])
+    terms, _ = loss_and_gradients("deepseek_v3_mtp")
     np.testing.assert_allclose(terms.mtp[0], want["mtp.loss"], rtol=1e-5)
 
 
