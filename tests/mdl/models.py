@@ -9,6 +9,7 @@ import numpy as np
 
 from mdl.attention.gqa import GqaConfig
 from mdl.attention.mla import MlaConfig
+from mdl.loss import LossWeights, count_targets, loss_terms
 from mdl.mlp import MlpConfig
 from mdl.moe.moe import MoeConfig
 from mdl.moe.router import RouterConfig
@@ -151,3 +152,28 @@ def split(batch: dict[str, np.ndarray], parts: int) -> dict[str, np.ndarray]:
 
 def leaves(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+Z = 0.05
+FAST_COMPILE = {"xla_backend_optimization_level": 0}  # half the time; what XLA does before LLVM stays the same
+
+
+@functools.cache
+def gradient_of(config):
+    """(params, buffers, batch [1, B, T + 1], mtp weight, balance weight) -> (gradients, terms)."""
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @functools.partial(jax.grad, has_aux=True)
+    def run(params, buffers, batch, mtp, balance):
+        counts = count_targets(batch["segment_ids"], config.mtp.num_nextn_predict_layers if config.mtp else 0)
+        micro_batch = {name: x[0] for name, x in batch.items()}
+        terms = loss_terms(pure(config).merge(params, buffers), micro_batch, LossWeights(mtp, balance, Z), counts)
+        return terms.loss, terms
+
+    return run
+
+
+def result(config, batch=BATCH, *, mtp=0.5, balance=0.7):
+    tree = parameters(config)
+    grads, terms = gradient_of(config)(tree["params"], tree["buffers"], batch, mtp, balance)
+    return leaves(grads), jax.device_get(terms)

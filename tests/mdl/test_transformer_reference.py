@@ -1,38 +1,16 @@
 """Whole models against float64 NumPy: every term of the loss, the experts' loads, and the gradient of every parameter."""
 
-import functools
-
 import jax
 import numpy as np
 import numpy_model
 import pytest
-from models import BATCH, CONFIGS, leaves, parameters, pure
+from models import BATCH, CONFIGS, Z, leaves, parameters, result
 
-from mdl.loss import LossWeights, count_targets, loss_terms
-
-MTP, BALANCE, Z = 0.5, 0.7, 0.05  # far larger than in training, so that no term hides behind the main one
+MTP, BALANCE = 0.5, 0.7  # far larger than in training, as Z is, so that no term hides behind the main one
 # A float32 pass through a few layers of width 16: sums of some hundred roundings of 6e-8, amplified by the norms.
 RTOL = 2e-5
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
-
-
-@functools.cache
-def computed(name: str):
-    """(terms, gradients) of the model under test."""
-    config = CONFIGS[name]
-    tree, batch = parameters(config), {key: value[0] for key, value in BATCH.items()}
-    counts = count_targets(BATCH["segment_ids"], config.mtp.num_nextn_predict_layers if config.mtp else 0)
-
-    @jax.jit
-    @functools.partial(jax.grad, has_aux=True)
-    def gradients(params):
-        model = pure(config).merge(params, tree["buffers"])
-        terms = loss_terms(model, batch, LossWeights(MTP, BALANCE, Z), counts)
-        return terms.loss, terms
-
-    grads, terms = gradients(tree["params"])
-    return jax.device_get(terms), leaves(grads)
 
 
 def wide(tree):
@@ -45,7 +23,7 @@ def expected(name: str, tree):
 
 @every_config
 def test_terms_and_loads(name):
-    terms, _ = computed(name)
+    _, terms = result(CONFIGS[name], mtp=MTP, balance=BALANCE)
     want = expected(name, wide(parameters(CONFIGS[name])))
     for key in ("main", "mtp", "balance", "z", "loss"):
         np.testing.assert_allclose(getattr(terms, key), want[key], rtol=RTOL, err_msg=key)
@@ -56,8 +34,11 @@ def test_terms_and_loads(name):
 
 @every_config
 def test_gradient_of_every_parameter(name):
-    """Central differences of the float64 reference along one random direction per parameter."""
-    _, grads = computed(name)
+    """Central differences of the float64 reference along one random direction per parameter.
+
+    A tied embedding too, whose gradient is the sum of both uses.
+    """
+    grads, _ = result(CONFIGS[name], mtp=MTP, balance=BALANCE)
     tree = wide(parameters(CONFIGS[name]))
     rng = np.random.default_rng(1)
     for path, leaf in leaves(tree["params"]).items():
