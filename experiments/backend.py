@@ -38,4 +38,5 @@ def keep_memory() -> bool:
     if mallopt is None:
         return False
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1, _M_TOP_PAD: 64 << 20}
-    return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()])
+    accepted = [mallopt(parameter, value) for parameter, value in settings.items()]  # all of them, whatever one answers
+    return all(accepted)
