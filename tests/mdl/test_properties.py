@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from models import BATCH, V3, T, V, gradient_of, leaves, packed_batch, parameters, pure, result
+from models import BATCH, FAST_COMPILE, V3, T, V, gradient_of, leaves, packed_batch, parameters, pure, result
 
 from mdl.mtp import MtpConfig
 from mdl.sharding import MeshConfig, spec
@@ -38,10 +38,8 @@ def test_outputs_depend_on_earlier_tokens_of_their_document_only():
     batch = packed_batch([[6, 4]])
     segments = batch["segment_ids"][0, 0]
     tokens = np.random.default_rng(0).permutation(V)[: T + 1].astype(np.int32)
-    tree, direction = (
-        jax.tree.map(jnp.asarray, parameters(V3)),
-        np.random.default_rng(1).standard_normal(V3.hidden_size).astype(np.float32),
-    )
+    tree = jax.tree.map(jnp.asarray, parameters(V3))
+    direction = np.random.default_rng(1).standard_normal(V3.hidden_size).astype(np.float32)
 
     @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
     @jax.jacrev
