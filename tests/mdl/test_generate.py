@@ -24,6 +24,8 @@ CONFIGS = {
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, models.V, length).tolist() for length in (5, 20, 1, 12)]
 GREEDY = Sampling()
+# Half the time to compile, and nothing here runs long.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 all_configs = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -50,7 +52,7 @@ def test_decoding_equals_full_forward_passes(name):
     steps = 6
     rows = [prompt + RNG.integers(0, models.V, steps).tolist() for prompt in PROMPTS]
 
-    @jax.jit
+    @quick_jit
     def full(arrays, tokens_BT):
         model = merged(arrays)
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -64,8 +66,8 @@ def test_decoding_equals_full_forward_passes(name):
     tokens_BT = np.full((len(rows), 24), models.V - 1, np.int32)  # padding that would show if anything saw it
     for b, prompt in enumerate(PROMPTS):
         tokens_BT[b, : len(prompt)] = prompt
-    first = jax.jit(lambda arrays, *args: prefill(merged(arrays), *args, length=32))
-    step = jax.jit(lambda arrays, *args: decode(merged(arrays), *args))
+    first = quick_jit(lambda arrays, *args: prefill(merged(arrays), *args, length=32))
+    step = quick_jit(lambda arrays, *args: decode(merged(arrays), *args))
     logits_BV, cache = first(arrays, tokens_BT, lengths)
     for i in range(steps):
         for b, length in enumerate(lengths):
@@ -157,8 +159,8 @@ def test_golden_continuations(variant):
         assert continued(generator, prompts.tolist(), max_new_tokens=tokens.shape[1]) == tokens.tolist()
 
     merged = lambda arrays: loaded.pure.merge(arrays["params"], arrays["buffers"])  # noqa: E731
-    first = jax.jit(lambda arrays, *args: prefill(merged(arrays), *args, length=64))
-    step = jax.jit(lambda arrays, *args: decode(merged(arrays), *args))
+    first = quick_jit(lambda arrays, *args: prefill(merged(arrays), *args, length=64))
+    step = quick_jit(lambda arrays, *args: decode(merged(arrays), *args))
     lengths = np.full(len(prompts), prompts.shape[1], np.int32)
     arrays = jax.tree.map(np.asarray, loaded.arrays)  # off the mesh
     logits_BV, cache = first(arrays, prompts, lengths)
