@@ -1,0 +1,62 @@
+"""The same run on other devices and on several processes: equal to rounding."""
+
+import signal
+import socket
+
+import pytest
+from small_runs import assert_close_run, metrics, newest
+
+
+def test_one_run_on_eight_devices_then_four_then_one(home, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    done = 0
+    for devices, mesh in [(8, {"data": 1, "fsdp": 8}), (4, {"data": 1, "fsdp": 2, "expert": 2})]:
+        with home.start(
+            workdir, *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()), devices=devices
+        ) as run:
+            run.wait_for_step(done + 4)
+            run.signal(signal.SIGTERM)
+            ended = run.end()
+        assert ended.code == 143, ended.stdout + ended.stderr
+        assert f"devices: {devices} cpu" in ended.stdout
+        done = len(metrics(workdir))
+    ended = home.run(workdir)
+    assert f"resumed from the checkpoint of step {done}" in ended.stdout
+    assert "mesh.fsdp: 2 → 1" in ended.stderr
+    assert_close_run(workdir, uninterrupted)
+
+
+@pytest.fixture
+def two_processes(home):
+    """Starts a run on two processes of four devices each; both are killed in the end."""
+    runs = []
+
+    def start(workdir, *arguments):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        for process in range(2):
+            flags = f"--coordinator_address=localhost:{port}", "--num_processes=2", f"--process_id={process}"
+            runs.append(home.start(workdir, *flags, *arguments, devices=4))
+        return runs[-2:]
+
+    yield start
+    for run in runs:
+        run.__exit__()
+
+
+def test_two_processes_then_one(home, uninterrupted, two_processes, tmp_path):
+    workdir = tmp_path / "run"
+    first, second = two_processes(workdir, "--config.mesh.fsdp=2")
+    first.wait_for_step(5)
+    second.signal(signal.SIGTERM)  # the one that prints nothing
+    told, silent = first.end(), second.end()
+    assert (told.code, silent.code) == (143, 143), told.stderr + silent.stderr
+    assert "devices: 8 cpu (data 4 x fsdp 2)" in told.stdout
+    done = len(metrics(workdir))
+    assert f"stopped at step {done} and saved" in told.stdout and newest(workdir).name == f"step_{done}"
+    silent_lines = [line for line in (silent.stdout + silent.stderr).splitlines() if not line.startswith("[Gloo]")]
+    assert len(silent_lines) == 1 and silent_lines[0].startswith("SIGTERM: saving after this step"), silent_lines
+
+    home.run(workdir, devices=2)
+    assert_close_run(workdir, uninterrupted)
