@@ -5,15 +5,15 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-Float = Literal["bfloat16", "float32", "float64"]
+Float = Literal["bfloat16", "float32"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
     param: Float = "float32"  # dtype in which parameters are stored and updated
     compute: Float = "bfloat16"  # dtype of activations and matrix-product operands
-    accumulation: Float = "float32"  # dtype in which matrix products accumulate
-    logits: Float = "float32"  # dtype of output logits, softmax over the vocabulary and the loss
+    accumulation: Float = "float32"  # dtype in which dense matrix products accumulate; kernels always take float32
+    logits: Float = "float32"  # dtype of logits when scoring and sampling; the training loss is always float32
 
     @property
     def param_dtype(self) -> jnp.dtype:

@@ -14,6 +14,9 @@ class RopeConfig:
 
     rope_theta: float = 10000.0  # base of the geometric frequencies
 
+    def __post_init__(self):
+        _check_positive(self, "rope_theta")
+
     def inverse_frequencies(self, dim: int) -> np.ndarray:
         """Radians per position of each pair, [dim / 2]."""
         return 1.0 / self.rope_theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -40,6 +43,9 @@ class YarnConfig(RopeConfig):
     mscale: float | None = None  # numerator of the cos/sin factor; needs mscale_all_dim
     mscale_all_dim: float | None = None  # squared into MLA's softmax scale
     attention_factor: float | None = None  # overrides the cos/sin factor
+
+    def __post_init__(self):
+        _check_positive(self, "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 
     def inverse_frequencies(self, dim: int) -> np.ndarray:
         plain = super().inverse_frequencies(dim)
@@ -75,6 +81,13 @@ class Llama3RopeConfig(RopeConfig):
     high_freq_factor: float = 4.0  # wavelengths below original length / this are kept
     original_max_position_embeddings: int = 8192  # context length before the extension
 
+    def __post_init__(self):
+        _check_positive(self, "rope_theta", "factor", "original_max_position_embeddings")
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}"
+            )
+
     def inverse_frequencies(self, dim: int) -> np.ndarray:
         plain = super().inverse_frequencies(dim)
         turns = self.original_max_position_embeddings * plain / (2 * math.pi)
@@ -84,6 +97,12 @@ class Llama3RopeConfig(RopeConfig):
 
 
 AnyRope = RopeConfig | YarnConfig | Llama3RopeConfig
+
+
+def _check_positive(config: RopeConfig, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be positive")
 
 
 def _mscale(factor: float, mscale: float) -> float:

@@ -192,6 +192,9 @@ class TransformerConfig:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("rms_norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         if self.moe and not 0 <= self.first_k_dense_replace < self.num_hidden_layers:
             raise ValueError(
                 f"first_k_dense_replace={self.first_k_dense_replace} must be below num_hidden_layers={self.num_hidden_layers}"

@@ -54,6 +54,9 @@ class GqaConfig:
     rope: AnyRope = dataclasses.field(default_factory=RopeConfig)  # rotary frequencies
 
     def __post_init__(self):
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads={self.num_attention_heads}"

@@ -84,6 +84,17 @@ class MlaConfig:
     rope: AnyRope = dataclasses.field(default_factory=RopeConfig)  # rotary frequencies
 
     def __post_init__(self):
+        for name in (
+            "num_attention_heads",
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary pairs need an even number")
 

@@ -130,6 +130,8 @@ class RouterConfig:
             raise ValueError(
                 f"topk_group={self.topk_group} groups of {E // G} hold fewer than num_experts_per_tok={X} experts"
             )
+        if not self.routed_scaling_factor > 0:
+            raise ValueError(f"routed_scaling_factor is {self.routed_scaling_factor}; it must be positive")
         if G > 1 and self.topk_method == "noaux_tc" and E // G < 2:
             raise ValueError(f"n_group={G} leaves {E // G} expert per group; noaux_tc adds the two best of each group")
 

@@ -85,6 +85,11 @@ def test_mlp():
     [
         (lambda: GqaConfig(num_attention_heads=4, num_key_value_heads=3), "num_key_value_heads=3"),
         (lambda: GqaConfig(head_dim=7), "head_dim is 7"),
+        (lambda: GqaConfig(head_dim=0), "head_dim is 0"),
+        (lambda: GqaConfig(num_key_value_heads=0), "num_key_value_heads is 0"),
+        (lambda: MlaConfig(num_attention_heads=0), "num_attention_heads is 0"),
+        (lambda: MlaConfig(q_lora_rank=0), "q_lora_rank is 0"),
+        (lambda: MlaConfig(kv_lora_rank=-1), "kv_lora_rank is -1"),
         (lambda: MlaConfig(qk_rope_head_dim=5), "qk_rope_head_dim is 5"),
     ],
 )

@@ -18,6 +18,7 @@ ROPES = {
     "yarn_attention_factor": YarnConfig(attention_factor=1.25, mscale=1.0, mscale_all_dim=0.5),
     "yarn_factor_one": YarnConfig(factor=1.0, mscale=1.0, mscale_all_dim=0.5),
     "yarn_short": YarnConfig(original_max_position_embeddings=64, factor=4.0, rope_theta=100.0),
+    "yarn_kimi_k2": YarnConfig(rope_theta=5e4, factor=32.0, beta_fast=1.0, mscale=1.0, mscale_all_dim=1.0),
     "llama3": Llama3RopeConfig(rope_theta=5e5),
     "llama3_short": Llama3RopeConfig(rope_theta=100.0, original_max_position_embeddings=64, factor=4.0),
 }
@@ -83,3 +84,18 @@ def test_rotary_products_depend_on_distance_only():
 
     np.testing.assert_allclose(product(3, 1), product(33, 31), rtol=1e-5)
     assert abs(product(3, 1) - product(4, 1)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RopeConfig(rope_theta=0.0), "rope_theta is 0"),
+        (lambda: YarnConfig(factor=0.0), "factor is 0"),
+        (lambda: YarnConfig(beta_slow=0.0), "beta_slow is 0"),
+        (lambda: Llama3RopeConfig(low_freq_factor=4.0), "low_freq_factor=4"),
+        (lambda: Llama3RopeConfig(original_max_position_embeddings=0), "original_max_position_embeddings is 0"),
+    ],
+)
+def test_configs_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

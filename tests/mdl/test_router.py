@@ -129,6 +129,7 @@ def test_update_of_the_bias():
         ({"n_group": 0}, "n_group=0"),
         ({"n_group": 2, "topk_group": 3}, "topk_group=3"),
         ({"n_group": 8, "topk_group": 4}, "two best"),
+        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor is 0"),
         ({"n_group": 4, "topk_group": 1}, "fewer than num_experts_per_tok=3"),
     ],
 )
