@@ -28,13 +28,9 @@ MAX_SEED = 2**32 - 1
 class GenerateFlags:
     checkpoint: str  # run directory, one step of a run, or Hugging Face directory
     prompt: str | None = None  # text to continue; it and its continuation are printed as they come
-    prompts: str | None = (
-        None  # file of texts, continued as one batch: one per line, or .jsonl with "prompt" and "seed"
-    )
+    prompts: str | None = None  # file of texts, continued as one batch: one per line, or .jsonl with "prompt", "seed"
     prompt_ids: tuple[int, ...] | None = None  # tokens to continue, printed as ids where there is no tokenizer
-    out: str | None = (
-        None  # .jsonl file for prompt, text, ids and finish (eos, stop or length) of each; none: print them
-    )
+    out: str | None = None  # .jsonl file for prompt, text, ids and finish (eos, stop, length); none: print them
     max_new_tokens: int = 128  # tokens to add at most
     temperature: float = 0.0  # 0 takes the most likely token; 1 samples as trained
     top_k: int | None = None  # choose among the k most likely tokens
@@ -74,9 +70,9 @@ def main(argv: list[str]) -> int:
     from experiments.loading import find_model
     from mdl.generate import Sampling, check_prompts
 
-    source = find_model(flags.checkpoint)
+    source = find_model(flags.checkpoint, ema=flags.ema)
     tokenizer = source.tokenizer()
-    prompts = _encode(flags, texts, tokenizer)
+    prompts = _encode(flags, texts, source, tokenizer)
     try:
         sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
         check_prompts(source.config, [prompt.ids for prompt in prompts], flags.max_new_tokens)
@@ -86,7 +82,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--stop: {flags.checkpoint} has no tokenizer.json, so that its tokens are no text")
 
     set_up_backend()
-    model = (_averaged(source, flags.checkpoint) if flags.ema else source).load()
+    model = source.load()
     eos_id = tokenizer.eos_id if tokenizer and flags.eos else None
     rows = [Continuation(tokenizer, eos_id=eos_id, stop=stops) for _ in prompts]
     is_streamed = out is None and len(prompts) == 1
@@ -211,45 +207,19 @@ def _stops(stop: str | None) -> list[str]:
     return stops
 
 
-def _encode(flags: GenerateFlags, texts: list[tuple[str, int]], tokenizer: "Tokenizer | None") -> list[Prompt]:
+def _encode(
+    flags: GenerateFlags, texts: list[tuple[str, int]], source: "ModelSource", tokenizer: "Tokenizer | None"
+) -> list[Prompt]:
     if flags.prompt_ids is not None:
         return [Prompt(None, list(flags.prompt_ids), flags.seed)]
     if tokenizer is None:
         raise UserError(f"--checkpoint={flags.checkpoint}: holds no tokenizer.json; give --prompt_ids instead of text")
-    bos = _bos_of_training(flags.checkpoint, tokenizer) if flags.bos is None else flags.bos
+    bos = source.begins_with_bos(tokenizer) if flags.bos is None else flags.bos
     prompts = [Prompt(text, tokenizer.encode(text, bos=bos), seed) for text, seed in texts]
     for prompt in prompts:
         if not prompt.ids:
             raise UserError("an empty prompt cannot be continued without BOS; give text or --bos")
     return prompts
-
-
-def _bos_of_training(checkpoint: str, tokenizer: "Tokenizer") -> bool:
-    from experiments.checkpoint import read_config
-    from experiments.loading import is_hugging_face
-
-    if is_hugging_face(pathlib.Path(checkpoint)):
-        return tokenizer.bos_id is not None
-    return read_config(checkpoint).config_json["data"]["bos"]
-
-
-def _averaged(source: "ModelSource", checkpoint: str) -> "ModelSource":
-    """The same model with the run's moving average in place of its parameters."""
-    import jax
-
-    from experiments.checkpoint import read_config, restore_params
-    from experiments.loading import is_hugging_face
-    from experiments.resume import abstract_state
-
-    if is_hugging_face(pathlib.Path(checkpoint)) or read_config(checkpoint).config_json["train"]["ema_decay"] is None:
-        raise UserError(f"--ema: {checkpoint} holds no averaged parameters (runs keep them with train.ema_decay)")
-
-    def read_arrays(pure, mesh):
-        with jax.set_mesh(mesh):
-            abstract = abstract_state(lambda: pure.init(jax.random.key(0)), mesh)
-        return restore_params(checkpoint, abstract, ema=True).state
-
-    return dataclasses.replace(source, read_arrays=read_arrays)
 
 
 def _write(out: pathlib.Path, prompts: list[Prompt], rows: list["Continuation"]) -> None:

@@ -7,13 +7,13 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from experiments.checkpoint import read_config, restore_params
 from experiments.config import ExperimentConfig
 from experiments.config_tree import from_json
 from experiments.errors import UserError
-from experiments.resume import TOKENIZER_NAME
+from experiments.resume import TOKENIZER_NAME, abstract_state
 from experiments.tokenizer import Tokenizer, load_tokenizer
 from mdl import hf
 from mdl.hf import load as hf_load
@@ -46,11 +46,16 @@ class ModelSource:
     config: TransformerConfig
     tokenizer_directory: pathlib.Path
     read_arrays: Callable[[PureModel, Mesh], Tree]
+    trained_with_bos: bool | None = None  # whether documents began with BOS; None where that is not known
 
     def tokenizer(self) -> Tokenizer | None:
         if (self.tokenizer_directory / "tokenizer.json").is_file():
             return load_tokenizer(self.tokenizer_directory)
         return None
+
+    def begins_with_bos(self, tokenizer: Tokenizer) -> bool:
+        """Whether text that is given to the model should begin with BOS: as in training, else if there is one."""
+        return tokenizer.bos_id is not None if self.trained_with_bos is None else self.trained_with_bos
 
     def load(self, mesh: Mesh | None = None) -> LoadedModel:
         """Reads the arrays onto `mesh`, by default all devices; UserError for files that do not fit the config."""
@@ -66,21 +71,29 @@ def load_model(checkpoint: str | os.PathLike, mesh: Mesh | None = None) -> Loade
     return find_model(checkpoint).load(mesh)
 
 
-def find_model(checkpoint: str | os.PathLike) -> ModelSource:
-    """Reads the JSON of a checkpoint, no array; UserError if there is none or it cannot be honoured."""
+def find_model(checkpoint: str | os.PathLike, *, ema: bool = False) -> ModelSource:
+    """Reads the JSON of a checkpoint, no array; UserError if there is none or it cannot be honoured.
+
+    ema: take the run's moving average in place of its parameters.
+    """
     directory = pathlib.Path(checkpoint)
     if "://" not in os.fspath(checkpoint) and not directory.is_dir():
         raise UserError(f"--checkpoint={checkpoint}: no such directory")
     if is_hugging_face(directory):
         with _as_user_error(f"{directory}: "):
             config = hf.model_config(hf_load.read_config(directory))
+        if ema:
+            raise UserError(f"--ema: {checkpoint} is no run of ours and holds no averaged parameters")
         return ModelSource(config, directory, lambda pure, mesh: hf_load.load_params(directory, pure, mesh))
     saved = read_config(checkpoint)
     experiment = from_json(ExperimentConfig, saved.config_json, f"{checkpoint}: config")
+    if ema and experiment.train.ema_decay is None:
+        raise UserError(f"--ema: {checkpoint} holds no averaged parameters (runs keep them with train.ema_decay)")
     return ModelSource(
         experiment.model,
         _run_directory(directory) / TOKENIZER_NAME,
-        lambda pure, mesh: _restore(checkpoint, saved.step, pure, mesh),
+        lambda pure, mesh: _restore(checkpoint, saved.step, pure, mesh, ema=ema),
+        trained_with_bos=experiment.data.bos,
     )
 
 
@@ -100,15 +113,10 @@ def _run_directory(directory: pathlib.Path) -> pathlib.Path:
     return directory
 
 
-def _restore(checkpoint: str | os.PathLike, step: int, pure: PureModel, mesh: Mesh) -> Tree:
+def _restore(checkpoint: str | os.PathLike, step: int, pure: PureModel, mesh: Mesh, *, ema: bool) -> Tree:
     with jax.set_mesh(mesh):
-        abstract = pure.abstract()
-
-    def on_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, leaf.sharding.spec)  # pyright: ignore[reportAttributeAccessIssue]
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return restore_params(checkpoint, jax.tree.map(on_mesh, abstract), step=step).state
+        abstract = abstract_state(lambda: pure.init(jax.random.key(0)), mesh)
+    return restore_params(checkpoint, abstract, step=step, ema=ema).state
 
 
 @contextlib.contextmanager

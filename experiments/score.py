@@ -3,11 +3,15 @@
 import dataclasses
 import os
 import pathlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from experiments.cli import parse_flags, run_main
 from experiments.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.loading import ModelSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,8 +19,9 @@ class ScoreFlags:
     checkpoint: str  # Hugging Face directory, run directory, or one step of a run
     out: str  # .npz file: input_ids [B, T], logits [B, T, V] and logprobs [B, T-1] in float32, loss (minus their mean)
     input_ids: str | None = None  # .npy file of integers [B, T], no padding
-    text: str | None = None  # one text, through the checkpoint's tokenizer, behind its BOS if it has one
+    text: str | None = None  # one text, through the checkpoint's tokenizer, behind BOS as in training
     text_file: str | None = None  # like --text, from a UTF-8 file
+    ema: bool = False  # use the averaged parameters of the run
     batch_size: int = 8  # rows computed at once, rounded up to fill the devices
 
     def __post_init__(self):
@@ -36,8 +41,8 @@ def main(argv: list[str]) -> int:
     from experiments.backend import set_up_backend
     from experiments.loading import find_model
 
-    source = find_model(flags.checkpoint)
-    input_ids_BT = _read_ids(flags.input_ids) if flags.input_ids else _encode(flags, source.tokenizer())
+    source = find_model(flags.checkpoint, ema=flags.ema)
+    input_ids_BT = _read_ids(flags.input_ids) if flags.input_ids else _encode(flags, source)
     _check(input_ids_BT, source.config.vocab_size, source.config.max_position_embeddings)
 
     from experiments.scoring import score
@@ -75,7 +80,8 @@ def _read_ids(path: str) -> np.ndarray:
     return ids
 
 
-def _encode(flags: ScoreFlags, tokenizer) -> np.ndarray:
+def _encode(flags: ScoreFlags, source: "ModelSource") -> np.ndarray:
+    tokenizer = source.tokenizer()
     if tokenizer is None:
         raise UserError(f"--checkpoint={flags.checkpoint}: holds no tokenizer.json; give --input_ids instead of text")
     if flags.text is not None:
@@ -89,7 +95,7 @@ def _encode(flags: ScoreFlags, tokenizer) -> np.ndarray:
             raise UserError(
                 f"--text_file={flags.text_file}: not UTF-8 ({error.reason} at byte {error.start})"
             ) from error
-    return np.array([tokenizer.encode(text, bos=tokenizer.bos_id is not None)], np.int64).reshape(1, -1)
+    return np.array([tokenizer.encode(text, bos=source.begins_with_bos(tokenizer))], np.int64).reshape(1, -1)
 
 
 def _check(input_ids_BT: np.ndarray, vocab_size: int, max_length: int) -> None:
