@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from models import FLOAT32, V3, leaves
+from models import FAST_COMPILE, FLOAT32, V3, leaves
 
 from mdl.mtp import MtpConfig
 from mdl.pure import PureModel
@@ -16,7 +16,7 @@ CONFIG = dataclasses.replace(V3, hidden_size=32, vocab_size=128, mtp=MtpConfig()
 
 @pytest.fixture(scope="module")
 def init():
-    return jax.jit(PureModel(CONFIG).init)
+    return jax.jit(PureModel(CONFIG).init, compiler_options=FAST_COMPILE)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_seed_decides(init, drawn):
 
 def test_mesh_does_not_matter(drawn):
     with jax.set_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2).build()):
-        split = jax.jit(PureModel(CONFIG).init)(jax.random.key(0))
+        split = jax.jit(PureModel(CONFIG).init, compiler_options=FAST_COMPILE)(jax.random.key(0))
     for path, leaf in leaves(split).items():
         # The bits drawn are equal; what makes them normal is compiled anew and may round otherwise.
         np.testing.assert_allclose(leaf, leaves(drawn)[path], rtol=1e-6, err_msg=path)
