@@ -21,6 +21,16 @@ CONFIG = ROOT / "tests" / "experiments" / "configs" / "small.py"
 TIMEOUT_SECONDS = 240
 TIMINGS = {"tokens_per_second", "mfu", "step_ms", "data_wait"}
 
+# One dense layer and nothing else: it compiles fastest.
+DENSE = (
+    "--config.model.num_hidden_layers=1",
+    "--config.model.moe=none",
+    "--config.model.mtp=none",
+    "--config.loss.mtp_loss_weight=none",
+    "--config.loss.aux_loss_alpha=none",
+    "--config.loss.bias_update_speed=none",
+)
+
 
 def write_corpus(folder: pathlib.Path) -> str:
     """24 short documents, the same in every session; returns their glob."""
@@ -42,12 +52,13 @@ class Ended:
 class Run:
     """One process. Its stdout is a pipe of one page, so that it comes to a halt about 30 printed steps after the last line read."""
 
-    def __init__(self, home, *arguments, devices=1, limit_file_size=None):
+    def __init__(self, home, *arguments, devices=1, limit_file_size=None, compilation_cache=True):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "XDG_CACHE_HOME": str(home.cache),
             "PYTHONUNBUFFERED": "1",
+            "JAX_ENABLE_COMPILATION_CACHE": str(compilation_cache).lower(),
         }
         command = [sys.executable, "-m", "experiments.run", *map(str, arguments)]
         if limit_file_size:

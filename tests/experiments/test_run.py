@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from small_runs import CONFIG, ROOT, Home, assert_close_run, checkpoint, metrics, newest
+from small_runs import CONFIG, DENSE, ROOT, Home, assert_close_run, checkpoint, metrics, newest
 
 from experiments import run
 from experiments.config import ExperimentConfig
@@ -16,17 +16,6 @@ from experiments.tokenizer import load_tokenizer
 from mdl.pure import PureModel
 
 CONFIG_FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if not path.name.startswith("_"))
-
-
-# Compiles fastest.
-DENSE = (
-    "--config.model.num_hidden_layers=1",
-    "--config.model.moe=none",
-    "--config.model.mtp=none",
-    "--config.loss.mtp_loss_weight=none",
-    "--config.loss.aux_loss_alpha=none",
-    "--config.loss.bias_update_speed=none",
-)
 
 
 def in_process(home: Home, monkeypatch, workdir, *arguments) -> int:
