@@ -150,7 +150,13 @@ class ExperimentConfig:
             raise UserError(
                 "loss.aux_loss_alpha is set but model.moe is none: nothing to balance; set loss.aux_loss_alpha=none"
             )
-        has_bias = model.moe is not None and model.moe.router.has_bias
+        router = model.moe and model.moe.router
+        if router and router.n_group > 1 and (router.topk_method == "greedy" or router.topk_group == router.n_group):
+            raise UserError(
+                f"model.moe.router.n_group={router.n_group} limits nothing with topk_method={router.topk_method} and "
+                f"topk_group={router.topk_group}; set n_group=1, or a smaller topk_group with another method"
+            )
+        has_bias = router is not None and router.has_bias
         if loss.bias_update_speed and not has_bias:
             raise UserError(
                 "loss.bias_update_speed is set but no router has a bias (model.moe with topk_method=noaux_tc); "

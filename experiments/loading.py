@@ -116,7 +116,7 @@ def _run_directory(directory: pathlib.Path) -> pathlib.Path:
 def _restore(checkpoint: str | os.PathLike, step: int, pure: PureModel, mesh: Mesh, *, ema: bool) -> Tree:
     with jax.set_mesh(mesh):
         abstract = abstract_state(lambda: pure.init(jax.random.key(0)), mesh)
-    return restore_params(checkpoint, abstract, step=step, ema=ema).state
+    return restore_params(checkpoint, abstract, step=step, ema=ema, cast=ema).state  # averages are float32
 
 
 @contextlib.contextmanager

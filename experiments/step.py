@@ -26,7 +26,8 @@ def init_state(config: ExperimentConfig, model: PureModel) -> Tree:
         "skipped_in_a_row": jnp.zeros((), jnp.int32),
     }
     if config.train.ema_decay is not None:
-        state["ema"] = jax.tree.map(jnp.copy, tree["params"])
+        # In float32 whatever the parameters are: a bfloat16 average would round its small steps away.
+        state["ema"] = jax.tree.map(lambda p: p.astype(jnp.float32) + 0, tree["params"])
     return state
 
 
@@ -68,9 +69,7 @@ def make_train_step(config: ExperimentConfig, model: PureModel) -> Callable[...,
             new["buffers"] = move_biases(state["buffers"], terms.loads, bias_speed(step, tokens_seen))
         if config.train.ema_decay is not None:
             decay = config.train.ema_decay
-            new["ema"] = jax.tree.map(
-                lambda average, p: (decay * average + (1 - decay) * p).astype(p.dtype), state["ema"], new["params"]
-            )
+            new["ema"] = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, state["ema"], new["params"])
 
         # A step whose loss or gradient is not finite leaves everything as it was.
         finite = jnp.isfinite(terms.loss) & jnp.isfinite(grad_norm)
@@ -105,16 +104,15 @@ def accumulate(
     if batch["tokens"].shape[0] == 1:
         return grad_fn(params, first)
 
-    def wide(g: jax.Array) -> jax.Array:
-        return g.astype(jnp.promote_types(g.dtype, jnp.float32))
-
     def add(total: Any, micro_batch: dict[str, jax.Array]) -> tuple[Any, None]:
-        grads, terms = grad_fn(params, micro_batch)
-        return jax.tree.map(jnp.add, total, (jax.tree.map(wide, grads), terms)), None
+        return jax.tree.map(jnp.add, total, grad_fn(params, micro_batch)), None
 
-    grads, terms = grad_fn(params, first)
-    total, _ = jax.lax.scan(add, (jax.tree.map(wide, grads), terms), jax.tree.map(lambda x: x[1:], batch))
-    return total
+    shapes = jax.eval_shape(grad_fn, params, first)[1]
+    nothing = (
+        jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params),
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
+    )
+    return jax.lax.scan(add, nothing, batch)[0]
 
 
 def move_biases(buffers: Tree, loads: dict[str, jax.Array], speed: jax.Array) -> Tree:

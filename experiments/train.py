@@ -49,7 +49,9 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
         model = PureModel(config.model)
         describe(config, data, mesh, peak, say)
         checkpointer = stack.enter_context(Checkpointer(directory / resume.CHECKPOINTS_NAME, config.checkpoint))
-        make_state = jax.jit(lambda: init_state(config, model))
+        # The initial state is computed once: on a CPU compiling it well would take longer than running it badly.
+        quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        make_state = jax.jit(lambda: init_state(config, model), compiler_options=quickly)
         restored = checkpointer.restore_latest(resume.abstract_state(make_state, mesh))
         resume.report(restored, data, say)
         state = restored.state if restored else make_state()
@@ -153,7 +155,7 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
         say(f"evaluating the checkpoint of step {restored.step}")
         state = restored.state
         if config.train.ema_decay is not None:
-            state["ema"] = restore_params(directory, abstract, step=restored.step, ema=True).state["params"]
+            state["ema"] = restore_params(directory, abstract, step=restored.step, ema=True, cast=True).state["params"]
         started = time.monotonic()
         scores = "  ".join(f"{name} {value:.4f}" for name, value in held_out.scores(state).items())
         say(f"{scores}  ({time.monotonic() - started:.0f} s)")

@@ -12,7 +12,7 @@ from mdl.moe.experts import Experts
 
 
 def dispatch(x_BTD: jax.Array, index_BTX: jax.Array, weight_BTX: jax.Array, experts: Experts) -> jax.Array:
-    """y_BTD = sum over x of weight_BTX * expert index_BTX of x_BTD.
+    """y_BTD = sum over x of weight_BTX * expert index_BTX of x_BTD; an index of E is no expert.
 
     Every device of the `expert` axis gathers the tokens of the others, computes those that chose its experts, and the partial sums
     are scattered back ("ring" transport: simple, no drops, traffic independent of the routing).

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from mdl.linear import Init
@@ -24,7 +25,10 @@ class Moe(nnx.Module):
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array | None = None) -> tuple[jax.Array, Routing]:
         """valid_BT is False at padding, which counts neither in loads nor in the balance loss."""
         routing = self.router(x_BTD, valid_BT)
-        y_BTD = dispatch(x_BTD, routing.index_BTX, routing.weight_BTX, self.experts)
+        index_BTX = routing.index_BTX
+        if valid_BT is not None:  # padding, all of which would choose the same experts, goes to none
+            index_BTX = jnp.where(valid_BT[..., None], index_BTX, self.router.config.n_routed_experts)
+        y_BTD = dispatch(x_BTD, index_BTX, routing.weight_BTX, self.experts)
         if self.shared_experts is not None:
             y_BTD = y_BTD + self.shared_experts(x_BTD)
         return y_BTD, routing
