@@ -11,8 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -66,6 +67,8 @@ class Run:
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
         )
+        self._guard = threading.Timer(TIMEOUT_SECONDS, self.process.kill)
+        self._guard.start()
         fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
         self._read = ""
 
@@ -73,18 +76,16 @@ class Run:
         return self
 
     def __exit__(self, *exception):
+        self._guard.cancel()
         self.process.kill()
         self.process.communicate()
 
     def wait_for(self, pattern: str) -> None:
         """Reads stdout up to a line in which `pattern` is found."""
-        deadline = time.monotonic() + TIMEOUT_SECONDS
         while line := self.process.stdout.readline().decode():
             self._read += line
             if re.search(pattern, line):
                 return
-            if time.monotonic() > deadline:
-                break
         raise AssertionError(f"no line with {pattern!r} in:\n{self._read}\n{self.process.stderr.read().decode()}")
 
     def wait_for_step(self, step: int) -> None:
@@ -97,7 +98,7 @@ class Run:
         self.process.send_signal(number)
 
     def end(self) -> Ended:
-        stdout, stderr = self.process.communicate(timeout=TIMEOUT_SECONDS)
+        stdout, stderr = self.process.communicate()
         return Ended(code=self.process.returncode, stdout=self._read + stdout.decode(), stderr=stderr.decode())
 
 
@@ -137,13 +138,9 @@ def checkpoint(workdir) -> tuple[dict[str, np.ndarray], dict]:
     meta = json.loads((path / "meta" / "metadata").read_text())
     with ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(path / "state").item_metadata.tree
-        kinds = jax_tree_map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         arrays = reader.restore(path / "state", restore_args=kinds)
     return flatten(arrays), meta
-
-
-def jax_tree_map(fn, tree):
-    return {name: jax_tree_map(fn, child) for name, child in tree.items()} if isinstance(tree, dict) else fn(tree)
 
 
 def flatten(tree, path="") -> dict[str, np.ndarray]:
