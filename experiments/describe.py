@@ -1,5 +1,6 @@
 """What a run says about itself before it starts."""
 
+import gzip
 from collections.abc import Callable
 
 from jax.sharding import Mesh
@@ -29,6 +30,10 @@ def describe(config: ExperimentConfig, data: Data, mesh: Mesh, peak: Peak, say: 
             f"{len(data.validation_rows())} held-out rows ({data.validation_bytes} bytes); "
             f"this run sees {format_count(tokens)} tokens, {tokens / data.tokens_per_epoch:.2f} epochs"
         )
+    if data.validation_bytes:
+        text = "".join(data.validation_texts()).encode()
+        bits = 8 * len(gzip.compress(text, compresslevel=9)) / len(text)
+        say(f"to beat: gzip -9 packs the held-out text into {bits:.3f} bits per byte")
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     say(f"devices: {mesh.devices.size} {mesh.devices.flat[0].device_kind} ({shape})")
     say(peak.line)
