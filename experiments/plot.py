@@ -135,7 +135,7 @@ def _draw_panel(axes: Any, panel: Panel, histories: History) -> None:
             continue
         if panel.noisy:
             axes.plot(*thinned(curve), color=color, alpha=0.22, linewidth=0.6)
-            top = max(top, loss_limits([curve])[1])
+            top = max(top, float(np.percentile(curve.values, 98)))  # a few early spikes may leave the picture
             curve = smoothed(curve)
         marker = "o" if len(curve.steps) <= 30 else ""
         axes.plot(*thinned(curve), color=color, linewidth=1.3, marker=marker, markersize=3)

@@ -68,7 +68,12 @@ ONLY_CONFIG = {
     "MTP without lambda": (["--config.loss.mtp_loss_weight=none"], "model.mtp", "model.mtp=none"),
     "MTP with lambda 0": (["--config.loss.mtp_loss_weight.values=0"], "mtp_loss_weight", "none switches it off"),
     "balance without experts": (["--config.model.moe=none"], "aux_loss_alpha", "loss.aux_loss_alpha=none"),
-    "bias without router bias": (["--config.model.moe.router.topk_method=greedy"], "bias_update_speed", "none"),
+    "bias without router bias": (
+        ["--config.model.moe.router.topk_method=greedy", "--config.model.moe.router.n_group=1"],
+        "bias_update_speed",
+        "none",
+    ),
+    "groups that limit nothing": (["--config.model.moe.router.topk_method=greedy"], "n_group=2", "set n_group=1"),
     "sequence beyond positions": (
         ["--config.train.seq_len=65"],
         "train.seq_len=65",

@@ -200,7 +200,9 @@ def test_a_damaged_step_falls_back_and_makes_room(tmp_path, mesh8, damage, capfd
     abstract = abstract_state(mesh8)
     capfd.readouterr()
     part = restore_params(tmp_path, {key: abstract[key] for key in ("params", "buffers")})
-    assert part.step == 20 and saved_steps(tmp_path) == [10, 20, 30]  # readers touch nothing
+    # A flipped bit may lie in the optimizer's arrays, which are not read here.
+    assert part.step in ((20, 30) if damage is flip_a_bit else (20,))
+    assert saved_steps(tmp_path) == [10, 20, 30]  # readers touch nothing
     warnings = []
     with Checkpointer(tmp_path, CheckpointConfig(every=10), warn=warnings.append) as checkpointer:
         restored = checkpointer.restore_latest(abstract)
