@@ -83,6 +83,6 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
             grad_accum_steps=5,
             batch_ramp=BatchRampConfig(start_batch_size=3072, tokens=469e9),
         ),
-        # 3.2 "64-way expert parallelism" over 2048 devices; in place of the report's 16 pipeline stages, parameters are split by fsdp.
+        # 3.2 "64-way expert parallelism" over 2048 devices; fsdp splits parameters in place of the report's 16 pipeline stages.
         mesh=MeshConfig(data=None, fsdp=16, expert=64, tensor=2),
     )
