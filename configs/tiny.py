@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
             precision=PrecisionConfig(compute="float32"),  # CPUs emulate bfloat16
         ),
         optim=AdamWConfig(learning_rate=2e-3),
-        train=TrainConfig(num_steps=400, batch_size=8, seq_len=256),
-        eval=EvalConfig(every=200),
-        checkpoint=CheckpointConfig(every=100),
+        train=TrainConfig(num_steps=220, batch_size=8, seq_len=256),
+        eval=EvalConfig(every=110),
+        checkpoint=CheckpointConfig(every=55),
     )

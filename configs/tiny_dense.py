@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
         ),
         loss=LossConfig(mtp_loss_weight=None, aux_loss_alpha=None, bias_update_speed=None),
         optim=AdamWConfig(learning_rate=2e-3),
-        train=TrainConfig(num_steps=400, batch_size=8, seq_len=256),
-        eval=EvalConfig(every=200),
-        checkpoint=CheckpointConfig(every=100),
+        train=TrainConfig(num_steps=220, batch_size=8, seq_len=256),
+        eval=EvalConfig(every=110),
+        checkpoint=CheckpointConfig(every=55),
     )
