@@ -26,7 +26,3 @@ class PrecisionConfig:
     @property
     def accumulation_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.accumulation)
-
-    @property
-    def logits_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.logits)
