@@ -17,7 +17,8 @@ import numpy as np
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+METADATA_KEY = "__metadata__"  # of the header; all others name tensors
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -53,7 +54,11 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return num_bytes(self.dtype, self.shape)
+
+
+def num_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -99,12 +104,12 @@ def read_header(file: str | os.PathLike) -> dict[str, Entry]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+        if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise ValueError(
                 f"{file}: header of {length} bytes in a file of {size} bytes; not safetensors, or truncated"
             )
         header = _parse_json(file, stream.read(length))
-    header.pop("__metadata__", None)
+    header.pop(METADATA_KEY, None)
 
     data_start = 8 + length
     entries: dict[str, Entry] = {}
