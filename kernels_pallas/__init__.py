@@ -1,5 +1,6 @@
 """Sharding-free numeric ops, one folder per op; knows nothing of meshes or models."""
 
+from kernels_pallas import fp8
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.grouped_gemm.api import grouped_gemm
@@ -11,6 +12,7 @@ __all__ = [
     "Unsupported",
     "expert_mlp",
     "flash_attention",
+    "fp8",
     "grouped_gemm",
     "linear_cross_entropy",
 ]
