@@ -3,6 +3,7 @@
 from typing import TypedDict
 
 from mdl.attention.gqa import GqaConfig
+from mdl.hf import fp8
 from mdl.hf.fields import Fields, precision
 from mdl.hf.rope import rope
 from mdl.hf.table import Row
@@ -55,11 +56,7 @@ class Shared(TypedDict):
 
 def shared(fields: Fields) -> Shared:
     """The fields of a TransformerConfig that every family spells alike; refuses what no family of ours has."""
-    if fields.has("quantization_config"):
-        method = fields.child("quantization_config").text("quant_method")
-        raise fields.refusal(
-            "quantization_config", f"{method} weights cannot be read yet; convert them to bfloat16 first"
-        )
+    fp8.check_config(fields)
     fields.only("hidden_act", "silu")
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)

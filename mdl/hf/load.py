@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from mdl.hf import family
+from mdl.hf import family, fp8
 from mdl.hf.safetensors import Tensors, open_tensors
 from mdl.hf.table import Binding, Table, bind
 from mdl.pure import PureModel, Tree
 from mdl.transformer import TransformerConfig
 
-_READABLE = ("float32", "bfloat16", "float16")
+_READABLE = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16)))  # beside FP8 matrices
 _NAMES_IN_MESSAGE = 8
 
 
@@ -74,24 +75,42 @@ def _name(path: jax.tree_util.KeyPath) -> str:
 
 def check(bindings: list[Binding], tensors: Tensors, directory: str | os.PathLike) -> None:
     """One ValueError for everything that keeps these tensors from filling these leaves."""
-    expected = {name: binding for binding in bindings for name in binding.names.flat}
-    needed = [name for name, binding in expected.items() if not binding.row.is_copy]
-    present = {name: tensors.entries[name] for name in expected if name in tensors}
+    bound = {name: binding for binding in bindings for name in binding.names.flat}
+    present = {name: tensors.entries[name] for name in bound if name in tensors}
+    quantized = {name for name, entry in present.items() if entry.dtype == fp8.DTYPE and len(entry.shape) == 2}
+    shapes = {name: binding.shape_on_disk for name, binding in bound.items()}
+    shapes |= {fp8.scale_name(name): fp8.scale_shape(shapes[name]) for name in quantized}
+    needed = [name for name in shapes if name not in bound or not bound[name].row.is_copy]
+
+    def is_readable(name: str, dtype: np.dtype) -> bool:
+        return name in quantized or dtype in (_READABLE if name in bound else fp8.SCALE_DTYPES)
+
+    found = {name: entry for name, entry in tensors.entries.items() if name in shapes}
     problems = {
         "missing": [name for name in needed if name not in tensors],
-        "left over": [name for name in tensors if name not in expected],
+        "left over": [name for name in tensors if name not in shapes],
         "of another shape": [
-            f"{name} {list(entry.shape)} instead of {list(expected[name].shape_on_disk)}"
-            for name, entry in present.items()
-            if entry.shape != expected[name].shape_on_disk
+            f"{name} {list(entry.shape)} instead of {list(shapes[name])}"
+            for name, entry in found.items()
+            if entry.shape != shapes[name]
         ],
         "of a dtype that cannot be read": [
-            f"{name} {entry.dtype}" for name, entry in present.items() if str(entry.dtype) not in _READABLE
+            f"{name} {entry.dtype}" for name, entry in found.items() if not is_readable(name, entry.dtype)
         ],
     }
-    found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
-    if found:
-        raise ValueError(f"{directory}: the tensors do not fit config.json: {'; '.join(found)}")
+    listed = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
+    if listed:
+        raise ValueError(
+            f"{directory}: the tensors do not fit config.json: {'; '.join(listed)}{_advice(bindings, tensors)}"
+        )
+
+
+def _advice(bindings: list[Binding], tensors: Tensors) -> str:
+    """What to do about files without MTP modules: transformers drops them when it saves a model, and goes on promising them."""
+    modules = [binding for binding in bindings if binding.path.startswith("mtp/")]
+    if not modules or any(name in tensors for binding in modules for name in binding.names.flat):
+        return ""
+    return "; the files hold no multi-token-prediction module: set num_nextn_predict_layers to 0 in config.json"
 
 
 def _some(names: list[str]) -> str:

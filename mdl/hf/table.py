@@ -7,10 +7,11 @@ model has, so that one table serves a family with and without query latent, expe
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from mdl.hf import fp8
 from mdl.transformer import TransformerConfig
 
 
@@ -37,6 +38,24 @@ class Layout:
         sizes = dict(zip(self.ours, shape, strict=True))
         split = tensor.reshape([sizes[dim] for dim in self.theirs])
         return split.transpose([self.theirs.index(dim) for dim in self.ours])
+
+    def part(
+        self, index: Sequence[range], shape: tuple[int, ...]
+    ) -> tuple[tuple[slice, ...], tuple[int, ...], tuple[slice, ...]]:
+        """Where `index` of ours, an array of `shape`, lies: slices of the tensor, our shape of them, and the index in that.
+
+        Of merged dims only the first is cut on disk, the others after reading.
+        """
+        sizes = dict(zip(self.ours, shape, strict=True))
+        wanted = dict(zip(self.ours, index, strict=True))
+        slices = []
+        for group in self.groups:
+            stride = math.prod(sizes[dim] for dim in group[1:])
+            slices.append(slice(wanted[group[0]].start * stride, wanted[group[0]].stop * stride))
+        cut = {group[0] for group in self.groups}
+        part_shape = tuple(len(wanted[dim]) if dim in cut else sizes[dim] for dim in self.ours)
+        rest = tuple(slice(None) if dim in cut else slice(wanted[dim].start, wanted[dim].stop) for dim in self.ours)
+        return tuple(slices), part_shape, rest
 
     def write(self, ours: np.ndarray) -> np.ndarray:
         """The inverse of `read`."""
@@ -85,14 +104,17 @@ class Binding:
         return self.layout.shape_on_disk(self.inner_shape)
 
     def read(self, tensors: Mapping[str, np.ndarray], index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """The slice `index` of the leaf; of the tensors, only what lies in it is touched."""
+        """The slice `index` of the leaf, FP8 dequantized; of the tensors, only what lies in it is touched."""
         leading = self.names.ndim
         names = np.asarray(self.names[index[:leading]], dtype=object)
-        parts = {at: self.layout.read(tensors[str(names[at])], self.inner_shape) for at in np.ndindex(names.shape)}
-        inner = tuple(len(range(*s.indices(n))) for s, n in zip(index[leading:], self.inner_shape, strict=True))
-        leaf = np.empty((*names.shape, *inner), dtype)
-        for at, part in parts.items():
-            leaf[at] = part[index[leading:]]
+        inner = [range(*s.indices(n)) for s, n in zip(index[leading:], self.inner_shape, strict=True)]
+        slices, part_shape, rest = self.layout.part(inner, self.inner_shape)
+        leaf = np.empty((*names.shape, *map(len, inner)), dtype)
+        for at in np.ndindex(names.shape):
+            name = str(names[at])
+            tensor = tensors[name]
+            part = fp8.read(tensors, name, slices, dtype) if tensor.dtype == fp8.DTYPE else tensor[slices]
+            leaf[at] = self.layout.read(part, part_shape)[rest]
         return leaf
 
     def write(self, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -136,7 +136,13 @@ MISFITS = {
         "deepseek_v3",
         None,
         {"num_nextn_predict_layers": 1},
-        r"missing \(model\.layers\.3\.",
+        r"missing \(model\.layers\.3\..*hold no multi-token-prediction module: set num_nextn_predict_layers to 0 in config\.json",
+    ),
+    "half an MTP module": (
+        "deepseek_v3_mtp",
+        without("model.layers.2.enorm.weight"),
+        {},
+        r"1 missing \(model\.layers\.2\.enorm\.weight\)$",
     ),
     "another shape": (
         "llama",
