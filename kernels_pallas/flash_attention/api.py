@@ -22,14 +22,15 @@ def flash_attention(
     kv_segment_ids_BS: jax.Array | None = None,
     q_positions_BT: jax.Array | None = None,
     kv_positions_BS: jax.Array | None = None,
+    mask_BTS: jax.Array | None = None,
     implementation: Literal["reference", "xla"] | None = None,
 ) -> jax.Array:
     """softmax(scale · q kᵀ + mask) v with grouped heads (Z divides N); returns [B, T, N, U] in q's dtype.
 
     A query sees the keys of its own segment (0 = padding, sees nothing and is seen by nothing) and, when causal, those at a
     position no later than its own. Without positions the index counts as the position, which for packed rows is the same
-    within a segment, and the keys after a query's block are never read. A query that sees nothing gives zeros. Float32
-    softmax and accumulation. Differentiable in q, k and v.
+    within a segment, and the keys after a query's block are never read. Where mask_BTS, bool, is False it does not see the
+    key either. A query that sees nothing gives zeros. Float32 softmax and accumulation. Differentiable in q, k and v.
 
     Raises ValueError on shapes that do not fit, and Unsupported on an implementation that is not there.
     """
@@ -58,6 +59,10 @@ def flash_attention(
     ):
         if ids is not None and ids.shape != (batch, length):
             raise ValueError(f"flash_attention: {name} must be [{batch}, {length}], got {ids.shape}")
+    if mask_BTS is not None and (mask_BTS.shape != (batch, num_queries, num_keys) or mask_BTS.dtype != bool):
+        raise ValueError(
+            f"flash_attention: mask must be bool [{batch}, {num_queries}, {num_keys}], got {mask_BTS.dtype} {mask_BTS.shape}"
+        )
     table: dict[str, Callable] = {"xla": _xla, "reference": _run_reference}
     run = select("flash_attention", implementation, table)
     masks = xla.Masks(
@@ -66,6 +71,7 @@ def flash_attention(
         kv_segment_ids_BS=kv_segment_ids_BS,
         q_positions_BT=q_positions_BT if causal else None,
         kv_positions_BS=kv_positions_BS if causal else None,
+        mask_BTS=mask_BTS,
     )
     return run(q_BTNK, k_BSZK, v_BSZU, masks, scale).astype(q_BTNK.dtype)
 
@@ -85,6 +91,7 @@ def _run_reference(q_BTNK, k_BSZK, v_BSZU, masks: xla.Masks, scale):
         kv_segment_ids_BS=or_else(masks.kv_segment_ids_BS, jnp.ones_like(index_1S), k_BSZK),
         q_positions_BT=or_else(masks.q_positions_BT, index_1T, q_BTNK),
         kv_positions_BS=or_else(masks.kv_positions_BS, index_1S, k_BSZK),
+        mask_BTS=masks.mask_BTS,
     )
 
 

@@ -15,6 +15,7 @@ def flash_attention(
     kv_segment_ids_BS: jax.Array,
     q_positions_BT: jax.Array,
     kv_positions_BS: jax.Array,
+    mask_BTS: jax.Array | None,
 ) -> jax.Array:
     repeats = q_BTNK.shape[2] // k_BSZK.shape[2]
     k_BSNK, v_BSNU = (jnp.repeat(a.astype(jnp.float32), repeats, axis=2) for a in (k_BSZK, v_BSZU))
@@ -23,5 +24,7 @@ def flash_attention(
     visible_BTS &= (q_segment_ids_BT != 0)[:, :, None]
     if causal:
         visible_BTS &= kv_positions_BS[:, None, :] <= q_positions_BT[:, :, None]
+    if mask_BTS is not None:
+        visible_BTS &= mask_BTS
     p_BNTS = jax.nn.softmax(logits_BNTS, axis=-1, where=visible_BTS[:, None])
     return jnp.einsum("BNTS,BSNU->BTNU", jnp.where(visible_BTS[:, None], p_BNTS, 0), v_BSNU)

@@ -24,11 +24,12 @@ class Masks:
     kv_segment_ids_BS: jax.Array | None = None
     q_positions_BT: jax.Array | None = None
     kv_positions_BS: jax.Array | None = None
+    mask_BTS: jax.Array | None = None
 
 
 jax.tree_util.register_dataclass(
     Masks,
-    data_fields=["q_segment_ids_BT", "kv_segment_ids_BS", "q_positions_BT", "kv_positions_BS"],
+    data_fields=["q_segment_ids_BT", "kv_segment_ids_BS", "q_positions_BT", "kv_positions_BS", "mask_BTS"],
     meta_fields=["causal"],
 )
 
@@ -194,6 +195,8 @@ def _visible(masks: Masks, plan: _Plan, start, num_keys: int) -> jax.Array:
     if masks.q_segment_ids_BT is not None and masks.kv_segment_ids_BS is not None:
         q_Bt, kv_Bs = plan.slice_queries(masks.q_segment_ids_BT, start, 1), masks.kv_segment_ids_BS[:, :num_keys]
         visible &= (q_Bt[:, :, None] == kv_Bs[:, None, :]) & (q_Bt != 0)[:, :, None]
+    if masks.mask_BTS is not None:
+        visible &= plan.slice_queries(masks.mask_BTS, start, 1)[:, :, :num_keys]
     return visible[:, None, None]
 
 

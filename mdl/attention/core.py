@@ -21,27 +21,46 @@ class Context:
     segment_ids_BT: jax.Array | None
     rotary: tuple[jax.Array, jax.Array]
 
+    def visible(self, num_keys: int) -> jax.Array:
+        """Bool [B, T, S], what `attend` lets each query see: the earlier tokens of its document, or of a cache of S slots."""
+        slots_S = jnp.arange(num_keys, dtype=jnp.int32)
+        if self.segment_ids_BT is None:
+            return slots_S <= self.positions_BT[:, :, None]
+        ids_BT = self.segment_ids_BT
+        same_BTS = (ids_BT[:, :, None] == ids_BT[:, None, :]) & (ids_BT > 0)[:, :, None]
+        return same_BTS & (slots_S <= slots_S[:, None])
 
-def attend(q_BTNK: jax.Array, k_BSZK: jax.Array, v_BSZU: jax.Array, *, scale: float, context: Context) -> jax.Array:
-    """Causal attention within documents, or over a cache whose slot s holds the key of position s; o_BTNU."""
+
+def attend(
+    q_BTNK: jax.Array,
+    k_BSZK: jax.Array,
+    v_BSZU: jax.Array,
+    *,
+    scale: float,
+    context: Context,
+    selected_BTS: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention within documents, or over a cache whose slot s holds the key of position s; o_BTNU.
+
+    selected_BTS, bool, leaves of the keys that a query would see only those for which it is True.
+    """
     heads = sharding.spec("batch", None, "heads", None)
-    rows = sharding.spec("batch", None)
+    rows, pairs = sharding.spec("batch", None), sharding.spec("batch", None, None)
+    in_specs = (heads, heads, heads, rows, pairs)
 
     if context.segment_ids_BT is None:
 
-        def cached(q_btnK, k_bSzK, v_bSzU, positions_bt):
+        def cached(q_btnK, k_bSzK, v_bSzU, positions_bt, selected_btS):
             slots_bS = jnp.broadcast_to(jnp.arange(k_bSzK.shape[1], dtype=jnp.int32), k_bSzK.shape[:2])
-            return flash_attention(
-                q_btnK, k_bSzK, v_bSzU, scale=scale, q_positions_BT=positions_bt, kv_positions_BS=slots_bS
-            )
+            positions = {"q_positions_BT": positions_bt, "kv_positions_BS": slots_bS}
+            return flash_attention(q_btnK, k_bSzK, v_bSzU, scale=scale, mask_BTS=selected_btS, **positions)
 
-        run = sharding.local(cached, in_specs=(heads, heads, heads, rows), out_specs=heads)
-        return run(q_BTNK, k_BSZK, v_BSZU, context.positions_BT)
+        run = sharding.local(cached, in_specs=in_specs, out_specs=heads)
+        return run(q_BTNK, k_BSZK, v_BSZU, context.positions_BT, selected_BTS)
 
-    def packed(q_btnK, k_btzK, v_btzU, segment_ids_bt):
-        return flash_attention(
-            q_btnK, k_btzK, v_btzU, scale=scale, q_segment_ids_BT=segment_ids_bt, kv_segment_ids_BS=segment_ids_bt
-        )
+    def packed(q_btnK, k_btzK, v_btzU, segment_ids_bt, selected_btt):
+        segments = {"q_segment_ids_BT": segment_ids_bt, "kv_segment_ids_BS": segment_ids_bt}
+        return flash_attention(q_btnK, k_btzK, v_btzU, scale=scale, mask_BTS=selected_btt, **segments)
 
-    run = sharding.local(packed, in_specs=(heads, heads, heads, rows), out_specs=heads)
-    return run(q_BTNK, k_BSZK, v_BSZU, context.segment_ids_BT)
+    run = sharding.local(packed, in_specs=in_specs, out_specs=heads)
+    return run(q_BTNK, k_BSZK, v_BSZU, context.segment_ids_BT, selected_BTS)

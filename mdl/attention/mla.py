@@ -44,32 +44,41 @@ class Mla(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        c = self.config
-        q_BTNK = self.q_proj(x_BTD) if c.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BTD)))
-        q_BTNH, q_BTNR = jnp.split(q_BTNK, [c.qk_nope_head_dim], axis=-1)
-        q_BTNR = apply_rotary(q_BTNR, context.rotary, interleaved=c.rope_interleave)
-
-        latent_BSC, k_BSR = jnp.split(self.kv_a_proj(x_BTD), [c.kv_lora_rank], axis=-1)
-        latent_BSC = self.kv_a_norm(latent_BSC)
-        k_BSR = apply_rotary(k_BSR[:, :, None, :], context.rotary, interleaved=c.rope_interleave)[:, :, 0, :]
+        q_BTNK, entries = self.queries(self.query_latent(x_BTD), context), self.entries(x_BTD, context)
         if cache is not None:
-            cache = write(cache, {"latent": latent_BSC, "rotary_key": k_BSR}, context.positions_BT)
-            latent_BSC, k_BSR = cache["latent"], cache["rotary_key"]
+            entries = cache = write(cache, entries, context.positions_BT)
+        k_BSNK, v_BSNU = self.keys_and_values(entries)
+        o_BTNU = attend(q_BTNK, k_BSNK, v_BSNU, scale=self.config.softmax_scale, context=context)
+        return self.o_proj(o_BTNU), cache
 
-        k_BSNH, v_BSNU = jnp.split(self.kv_b_proj(latent_BSC), [c.qk_nope_head_dim], axis=-1)
+    # --- pieces, which DSA uses too ------------------------------------------------------------------------------------------
+
+    def query_latent(self, x_BTD: jax.Array) -> jax.Array:
+        """What queries are projected from: the normed latent, x itself without one."""
+        return x_BTD if self.config.q_lora_rank is None else self.q_a_norm(self.q_a_proj(x_BTD))
+
+    def queries(self, latent_BTQ: jax.Array, context: Context) -> jax.Array:
+        q_BTNK = self.q_proj(latent_BTQ) if self.config.q_lora_rank is None else self.q_b_proj(latent_BTQ)
+        q_BTNH, q_BTNR = jnp.split(q_BTNK, [self.config.qk_nope_head_dim], axis=-1)
+        q_BTNR = apply_rotary(q_BTNR, context.rotary, interleaved=self.config.rope_interleave)
+        return jnp.concatenate([q_BTNH, q_BTNR], axis=-1)
+
+    def entries(self, x_BTD: jax.Array, context: Context) -> Cache:
+        """What the cache keeps of these tokens."""
+        latent_BTC, k_BTR = jnp.split(self.kv_a_proj(x_BTD), [self.config.kv_lora_rank], axis=-1)
+        k_BTR = apply_rotary(k_BTR[:, :, None], context.rotary, interleaved=self.config.rope_interleave)[:, :, 0]
+        return {"latent": self.kv_a_norm(latent_BTC), "rotary_key": k_BTR}
+
+    def keys_and_values(self, entries: Cache) -> tuple[jax.Array, jax.Array]:
+        """k_BSNK and v_BSNU of every head."""
+        kv_BSNX, k_BSR = self.kv_b_proj(entries["latent"]), entries["rotary_key"]
+        k_BSNH, v_BSNU = jnp.split(kv_BSNX, [self.config.qk_nope_head_dim], axis=-1)
         k_BSNR = jnp.broadcast_to(
             k_BSR[:, :, None, :],
-            (*k_BSNH.shape[:3], c.qk_rope_head_dim),
+            (*k_BSNH.shape[:3], self.config.qk_rope_head_dim),
             out_sharding=sharding.optional_sharding(sharding.spec("batch", None, "heads", None)),
         )
-        o_BTNU = attend(
-            jnp.concatenate([q_BTNH, q_BTNR], axis=-1),
-            jnp.concatenate([k_BSNH, k_BSNR], axis=-1),
-            v_BSNU,
-            scale=c.softmax_scale,
-            context=context,
-        )
-        return self.o_proj(o_BTNU), cache
+        return jnp.concatenate([k_BSNH, k_BSNR], axis=-1), v_BSNU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
