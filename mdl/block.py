@@ -7,6 +7,7 @@ from flax import nnx
 
 from mdl.attention.cache import Cache
 from mdl.attention.core import Context
+from mdl.attention.dsa import DsaConfig
 from mdl.attention.gqa import GqaConfig
 from mdl.attention.mla import MlaConfig
 from mdl.linear import Init
@@ -14,7 +15,7 @@ from mdl.mlp import Mlp, MlpConfig
 from mdl.moe.moe import Moe, MoeConfig
 from mdl.norm import RmsNorm
 
-AttentionConfig = MlaConfig | GqaConfig
+AttentionConfig = MlaConfig | GqaConfig | DsaConfig
 
 
 class BlockStats(NamedTuple):

@@ -34,6 +34,9 @@ class Init:
     def ones(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         return nnx.Param(jnp.ones(shape, self.precision.param_dtype), axes=axes)
 
+    def zeros(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+        return nnx.Param(jnp.zeros(shape, self.precision.param_dtype), axes=axes)
+
 
 def matmul(x: jax.Array, w: jax.Array, precision: PrecisionConfig, *, num_contracted: int = 1) -> jax.Array:
     """x [B, T, *in] times w [*in, *out] -> [B, T, *out]; each output dim keeps the sharding of the dim that it comes from.

@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from mdl.hf import deepseek_v2, deepseek_v3, llama, qwen3, qwen3_moe
+from mdl.hf import deepseek_v2, deepseek_v3, deepseek_v32, llama, qwen3, qwen3_moe
 from mdl.hf.fields import Fields
 from mdl.hf.table import Table
 from mdl.transformer import TransformerConfig
@@ -21,6 +21,7 @@ class Family(Protocol):
 FAMILIES: dict[str, Family] = {
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
+    "deepseek_v32": deepseek_v32,
     "llama": llama,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
