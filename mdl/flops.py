@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mdl.attention.mla import MlaConfig
 from mdl.pure import PureModel
 from mdl.transformer import TransformerConfig
 
@@ -47,8 +46,8 @@ def forward_flops_per_token(config: TransformerConfig, seq_len: int, *, mtp: boo
     """Operations of a forward pass per token, a multiply and an add counted as two.
 
     2 x (parameters in matrix products that a token uses: the head once, and once more per MTP depth; not the embedding lookup,
-    norms and idle experts) + 2 x N x (K + U) x (T + 1) / 2 per attention layer: causal, so a query sees half of the keys on
-    average. For MLA K = H + R and U are the expanded widths, as in training.
+    norms and idle experts) + what each attention layer does with a query and its keys, of which a causal one sees (T + 1) / 2
+    on average.
     """
     params = dict(PureModel(config).abstract()["params"])
     embedding = math.prod(params.pop("embedding").shape)
@@ -59,13 +58,7 @@ def forward_flops_per_token(config: TransformerConfig, seq_len: int, *, mtp: boo
     module_matrices, module_experts = _count(_matrices(modules)) if mtp else (0, 0)
     used = matrices + module_matrices - (experts + module_experts) * _idle_share(config) + head * (1 + depth)
 
-    attention = config.attention
-    if isinstance(attention, MlaConfig):
-        widths = attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim
-    else:
-        widths = 2 * attention.head_dim
-    scores = 2 * attention.num_attention_heads * widths * (seq_len + 1) / 2
-    return 2 * used + scores * (config.num_hidden_layers + depth)
+    return 2 * used + config.attention.flops_per_query(seq_len) * (config.num_hidden_layers + depth)
 
 
 def train_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
@@ -80,10 +73,5 @@ def _matrices(params: Any) -> Any:
 
 
 def cache_bytes_per_token(config: TransformerConfig) -> int:
-    """Bytes of key-value cache per token over all layers: C + R numbers a layer for MLA, 2 Z K for grouped queries."""
-    attention = config.attention
-    if isinstance(attention, MlaConfig):
-        numbers = attention.kv_lora_rank + attention.qk_rope_head_dim
-    else:
-        numbers = 2 * attention.num_key_value_heads * attention.head_dim
-    return numbers * config.num_hidden_layers * jnp.dtype(config.precision.compute).itemsize
+    """Bytes of key-value cache per token over all layers."""
+    return config.attention.cache_width * config.num_hidden_layers * jnp.dtype(config.precision.compute).itemsize

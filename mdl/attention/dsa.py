@@ -163,5 +163,16 @@ class DsaConfig:
     def rotary_dim(self) -> int:
         return self.dense.rotary_dim
 
+    @property
+    def cache_width(self) -> int:
+        """Numbers per token of one layer's cache."""
+        return self.dense.cache_width + self.index_head_dim
+
+    def flops_per_query(self, seq_len: int) -> float:
+        """Of an average query of a causal sequence: the index scores of every key it sees, attention to the selected ones only."""
+        k = min(self.index_topk, seq_len)
+        seen, selected = (seq_len + 1) / 2, (k * (k + 1) / 2 + (seq_len - k) * k) / seq_len
+        return 2 * self.index_n_heads * (self.index_head_dim + 1) * seen + self.dense.flops_per_pair * selected
+
     def build(self, hidden_size: int, *, eps: float, init: Init) -> Dsa:
         return Dsa(self, hidden_size, eps=eps, init=init)

@@ -68,5 +68,14 @@ class GqaConfig:
     def rotary_dim(self) -> int:
         return self.head_dim
 
+    @property
+    def cache_width(self) -> int:
+        """Numbers per token of one layer's cache."""
+        return 2 * self.num_key_value_heads * self.head_dim
+
+    def flops_per_query(self, seq_len: int) -> float:
+        """Scores and weighted values of an average query of a causal sequence: 2 N K multiply-adds for each key."""
+        return 4 * self.num_attention_heads * self.head_dim * (seq_len + 1) / 2
+
     def build(self, hidden_size: int, *, eps: float, init: Init) -> Gqa:
         return Gqa(self, hidden_size, eps=eps, init=init)

@@ -116,6 +116,20 @@ class MlaConfig:
         """1 / sqrt(H + R), times YaRN's mscale squared."""
         return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * self.rope.softmax_factor
 
+    @property
+    def cache_width(self) -> int:
+        """Numbers per token of one layer's cache."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Of one query and one key over all heads: N (K + U) multiply-adds at the expanded widths, as in training."""
+        return 2 * self.num_attention_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
+
+    def flops_per_query(self, seq_len: int) -> float:
+        """Scores and weighted values of an average query of a causal sequence."""
+        return self.flops_per_pair * (seq_len + 1) / 2
+
     def build(self, hidden_size: int, *, eps: float, init: Init) -> Mla:
         del eps  # MLA's own norms have a fixed epsilon
         return Mla(self, hidden_size, init=init)

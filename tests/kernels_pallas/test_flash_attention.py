@@ -9,7 +9,7 @@ from kernels_pallas import flash_attention
 from kernels_pallas.flash_attention import xla
 
 IMPLEMENTATIONS = ["reference", "xla"]
-# name: (B, T, S, N, Z, K, U, causal, segments, positions)
+# name: (B, T, S, N, Z, K, U, causal, segments, positions); a name that ends in "mask" has one
 CASES = {
     "plain": (2, 16, 16, 4, 4, 6, 5, True, None, None),
     "not causal": (2, 16, 9, 2, 2, 4, 4, False, None, None),
@@ -23,6 +23,10 @@ CASES = {
     "blocks": (1, 83, 83, 2, 1, 4, 3, True, "packed", None),
     "more blocks than segments": (1, 163, 163, 2, 2, 4, 3, True, "packed", None),
     "blocks, not causal": (2, 41, 30, 2, 1, 4, 3, False, None, None),
+    "packed documents and a mask": (2, 24, 24, 4, 2, 4, 3, True, "packed", None),
+    "decode with a mask": (3, 1, 20, 4, 2, 4, 3, True, None, "cache"),
+    "blocks and a mask": (1, 83, 83, 2, 1, 4, 3, True, "packed", None),
+    "blocks, not causal, with a mask": (2, 41, 30, 2, 1, 4, 3, False, None, None),
     "blocks with positions": (2, 41, 60, 2, 1, 4, 3, True, "packed", "tail"),
 }
 
@@ -52,16 +56,20 @@ def inputs(name):
         masks |= {"q_segment_ids_BT": jnp.asarray(full[0]), "kv_segment_ids_BS": jnp.asarray(full[1])}
     if positions:
         masks |= {"q_positions_BT": jnp.asarray(full[2]), "kv_positions_BS": jnp.asarray(full[3])}
-    return q, key, v, rng.standard_normal((b, t, n, u)), masks, (causal, *full)
+    mask = np.ones((b, t, s), bool)
+    if name.endswith("mask"):
+        mask = rng.random((b, t, s)) < 0.3
+        masks |= {"mask_BTS": jnp.asarray(mask)}
+    return q, key, v, rng.standard_normal((b, t, n, u)), masks, (causal, *full, mask)
 
 
-def expected(q, k, v, dout, causal, q_seg, kv_seg, q_pos, kv_pos, scale):
+def expected(q, k, v, dout, causal, q_seg, kv_seg, q_pos, kv_pos, mask, scale):
     """One query head at a time, by the equation and its chain rule; a query that sees nothing is skipped."""
     out, dq, dk, dv = np.zeros(dout.shape), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     group = q.shape[2] // k.shape[2]
     for b, t, n in np.ndindex(q.shape[:3]):
         z = n // group
-        sees = (kv_seg[b] == q_seg[b, t]) & (q_seg[b, t] != 0)
+        sees = (kv_seg[b] == q_seg[b, t]) & (q_seg[b, t] != 0) & mask[b, t]
         if causal:
             sees &= kv_pos[b] <= q_pos[b, t]
         if not sees.any():
@@ -135,3 +143,6 @@ def test_refuses_what_does_not_fit():
         flash_attention(q, q, q, scale=1.0, q_segment_ids_BT=jnp.ones((1, 4), int))
     with pytest.raises(ValueError, match="q_positions must be"):
         flash_attention(q, q, q, scale=1.0, q_positions_BT=jnp.ones(4, int), kv_positions_BS=jnp.ones((1, 4), int))
+    for mask in (jnp.ones((1, 4, 3), bool), jnp.ones((1, 4, 4), int)):
+        with pytest.raises(ValueError, match="mask must be bool"):
+            flash_attention(q, q, q, scale=1.0, mask_BTS=mask)

@@ -7,6 +7,7 @@ import zlib
 import jax
 import numpy as np
 
+from mdl.attention.dsa import DsaConfig
 from mdl.attention.gqa import GqaConfig
 from mdl.attention.mla import MlaConfig
 from mdl.loss import LossWeights, count_targets, loss_terms
@@ -93,7 +94,13 @@ QWEN = dataclasses.replace(
     mtp=MtpConfig(),
     tie_word_embeddings=True,
 )
-CONFIGS = {"v3": V3, "v2": V2, "qwen": QWEN}
+# Each query attends to four keys; rotary channels do not fill an indexer head.
+V32 = dataclasses.replace(
+    V3,
+    attention=DsaConfig(dense=V3.attention, index_n_heads=2, index_head_dim=10, index_topk=4),
+    mtp=MtpConfig(),
+)
+CONFIGS = {"v3": V3, "v2": V2, "qwen": QWEN, "v32": V32}
 
 
 def random_leaf(path: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Nothing is packed, padded, sharded, scanned or chunked here, and nothing is shared with the code under test but the configs and
 the names of the parameters. Sources: DeepSeek-V3 report (arXiv 2412.19437) sections 2.1 and 2.2, DeepSeek-V2 (2405.04434)
-section 2.1, YaRN (2309.00071), grouped-query attention (2305.13245), Llama 3.1's released configuration.
+section 2.1, DeepSeek-V3.2-Exp report section 2.1, YaRN (2309.00071), grouped-query attention (2305.13245), Llama 3.1's released configuration.
 """
 
 import functools
@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from mdl.attention.dsa import DsaConfig
 from mdl.attention.mla import MlaConfig
 from mdl.rope import Llama3RopeConfig, YarnConfig
 
@@ -96,12 +97,13 @@ def real(z):
 # ---- attention over one document, x [T, D]
 
 
-def attend(q, k, v, scale):
-    """One head: q [T, K], k [T, K], v [T, U]; position t sees 0 to t."""
-    return np.stack([softmax(q[t] @ k[: t + 1].T * scale) @ v[: t + 1] for t in range(len(q))])
+def attend(q, k, v, scale, keys=None):
+    """One head: q [T, K], k [T, K], v [T, U]; position t sees keys[t], or 0 to t."""
+    keys = [range(t + 1) for t in range(len(q))] if keys is None else keys
+    return np.stack([softmax(q[t] @ k[keys[t]].T * scale) @ v[keys[t]] for t in range(len(q))])
 
 
-def mla(x, p, c: MlaConfig):
+def mla(x, p, c: MlaConfig, keys=None):
     T, H = len(x), c.qk_nope_head_dim
     w = {name: value["weight"] for name, value in p.items()}
     q_input, q_up = (x, w["q_proj"]) if c.q_lora_rank is None else (None, w.get("q_b_proj"))
@@ -122,8 +124,42 @@ def mla(x, p, c: MlaConfig):
         q, kv = q_input @ q_up[:, head], latent @ w["kv_b_proj"][:, head]
         q = np.concatenate([q[:, :H], rotated(q[:, H:])], axis=1)
         k = np.concatenate([kv[:, :H], shared_key], axis=1)
-        out += attend(q, k, kv[:, H:], scale) @ w["o_proj"][head]
+        out += attend(q, k, kv[:, H:], scale, keys) @ w["o_proj"][head]
     return out
+
+
+def index_scores(x, p, c: DsaConfig):
+    """[T, T] of one document, the future included: one head and one pair of tokens at a time."""
+    w = {name: p["indexer"][name]["weight"] for name in ("wq_b", "wk", "k_norm")}
+    R = c.dense.qk_rope_head_dim
+
+    def rotated(a, t):
+        head = turned(a[:R], t, c.dense.rope, interleaved=c.indexer_rope_interleave)
+        return np.concatenate([real(head), a[R:]])
+
+    latent = rms_norm(x @ p["dense"]["q_a_proj"]["weight"], p["dense"]["q_a_norm"]["weight"], 1e-6)
+    keys = []
+    for t, token in enumerate(x):
+        a = token @ w["wk"]
+        a = (a - a.mean()) / np.sqrt(a.var() + 1e-6) * w["k_norm"] + p["indexer"]["k_norm"]["bias"]
+        keys.append(rotated(a, t))
+    scores = np.zeros((len(x), len(x)))
+    for head in range(c.index_n_heads):
+        importance = x @ p["indexer"]["weights_proj"][:, head] / math.sqrt(c.index_n_heads)
+        for t in range(len(x)):
+            q = rotated(latent[t] @ w["wq_b"][:, head], t)
+            for s, key in enumerate(keys):
+                scores[t, s] += importance[t] * max(q @ key / math.sqrt(c.index_head_dim), 0)
+    return scores
+
+
+def selected(scores, k) -> list[list[int]]:
+    """The k highest of 0 to t for every t, the earlier one first among equals."""
+    return [sorted(range(t + 1), key=lambda s, row=row: (-row[s], s))[:k] for t, row in enumerate(scores)]
+
+
+def dsa(x, p, c: DsaConfig):
+    return mla(x, p["dense"], c.dense, selected(index_scores(x, p, c), c.index_topk))
 
 
 def gqa(x, p, c, eps):
@@ -140,6 +176,12 @@ def gqa(x, p, c, eps):
         q, k = prepared(x @ w["q_proj"][:, head], "q_norm"), prepared(x @ w["k_proj"][:, group], "k_norm")
         out += attend(q, k, x @ w["v_proj"][:, group], c.head_dim**-0.5) @ w["o_proj"][head]
     return out
+
+
+def attention(x, p, c, eps):
+    if isinstance(c, DsaConfig):
+        return dsa(x, p, c)
+    return mla(x, p, c) if isinstance(c, MlaConfig) else gqa(x, p, c, eps)
 
 
 # ---- mixture of experts
@@ -212,8 +254,7 @@ class Reports(dict):
 
 def block(x, p, bias, config, layer, reports):
     normed, c = rms_norm(x, p["attention_norm"]["weight"], config.rms_norm_eps), config.attention
-    attention = p["attention"]
-    x = x + (mla(normed, attention, c) if isinstance(c, MlaConfig) else gqa(normed, attention, c, config.rms_norm_eps))
+    x = x + attention(normed, p["attention"], c, config.rms_norm_eps)
     normed = rms_norm(x, p["mlp_norm"]["weight"], config.rms_norm_eps)
     if "router" not in p["mlp"]:
         return x + mlp(normed, p["mlp"])

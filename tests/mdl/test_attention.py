@@ -8,14 +8,15 @@ import numpy as np
 import numpy_model
 import pytest
 from flax import nnx
-from models import FLOAT32, QWEN, V2, V3, random_tree
+from models import FLOAT32, QWEN, V2, V3, V32, random_tree
 
 from mdl.attention.core import Context
+from mdl.attention.dsa import DsaConfig
 from mdl.attention.gqa import GqaConfig
 from mdl.attention.mla import MlaConfig
 from mdl.linear import Init
 from mdl.mlp import Mlp
-from mdl.norm import RmsNorm
+from mdl.norm import LayerNorm, RmsNorm
 from mdl.rope import RopeConfig, YarnConfig, rotary_tables
 
 D, EPS = 16, 1e-3  # an epsilon large enough to see which norms use it
@@ -28,6 +29,12 @@ CASES = {
     "gqa_no_qk_norm": dataclasses.replace(QWEN.attention, qk_norm=False, rope=RopeConfig()),
     "gqa_one_kv_head": dataclasses.replace(QWEN.attention, num_key_value_heads=1, rope=YarnConfig(factor=4.0)),
     "mha": dataclasses.replace(QWEN.attention, num_key_value_heads=4),
+    "dsa": V32.attention,
+    "dsa_one_key": dataclasses.replace(V32.attention, index_topk=1),
+    "dsa_interleaved_indexer": dataclasses.replace(V32.attention, indexer_rope_interleave=True, index_head_dim=8),
+    # With one head every negative product is an exact zero: many equal scores at the boundary.
+    "dsa_ties": dataclasses.replace(V32.attention, index_n_heads=1, index_topk=5),
+    "dsa_all_keys": dataclasses.replace(V32.attention, index_topk=10),
 }
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0, 0], [1] * 10, [0] * 10], np.int32)
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0, 0, 0], range(10), [0] * 10], np.int32)
@@ -55,14 +62,18 @@ def test_attention(name):
     for b, segments in enumerate(SEGMENTS):
         for first, end in numpy_model.documents(segments):
             x = x_BTD[b, first:end].astype(np.float64)
-            want = (
-                numpy_model.mla(x, params, config)
-                if isinstance(config, MlaConfig)
-                else numpy_model.gqa(x, params, config, EPS)
-            )
+            want = numpy_model.attention(x, params, config, EPS)
             # Float32 with sums of 16 terms, a softmax and two latent norms.
             np.testing.assert_allclose(got[b, first:end], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
     np.testing.assert_array_equal(got[SEGMENTS == 0], 0)  # padding sees nothing
+
+
+def test_layer_norm():
+    norm, params = with_random_parameters(LayerNorm(D, eps=EPS, init=init()))
+    x = np.random.default_rng(1).standard_normal((2, 3, D)).astype(np.float32) * np.float32([[[1e-3], [1], [1e3]]])
+    centred = x.astype(np.float64) - x.astype(np.float64).mean(-1, keepdims=True)
+    want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPS) * params["weight"] + params["bias"]
+    np.testing.assert_allclose(norm(jnp.asarray(x)), want, rtol=1e-5, atol=1e-6)
 
 
 def test_norm():
@@ -91,6 +102,10 @@ def test_mlp():
         (lambda: MlaConfig(q_lora_rank=0), "q_lora_rank is 0"),
         (lambda: MlaConfig(kv_lora_rank=-1), "kv_lora_rank is -1"),
         (lambda: MlaConfig(qk_rope_head_dim=5), "qk_rope_head_dim is 5"),
+        (lambda: DsaConfig(index_topk=0), "index_topk is 0"),
+        (lambda: DsaConfig(index_n_heads=0), "index_n_heads is 0"),
+        (lambda: DsaConfig(dense=MlaConfig(q_lora_rank=None)), "q_lora_rank is none: the indexer reads the query latent"),
+        (lambda: DsaConfig(index_head_dim=15), "index_head_dim=15 is less than dense.qk_rope_head_dim=16"),
     ],
 )
 def test_configs_that_cannot_be(make, message):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from models import FLOAT32, QWEN
 
-from configs import deepseek_v2_lite, deepseek_v3
+from configs import deepseek_v2_lite, deepseek_v3, deepseek_v32
+from mdl.attention.dsa import DsaConfig
 from mdl.attention.gqa import GqaConfig
 from mdl.attention.mla import MlaConfig
 from mdl.flops import cache_bytes_per_token, count_parameters, forward_flops_per_token, train_flops_per_token
@@ -65,6 +66,14 @@ def test_deepseek_v3():
     assert count.mtp == 2 * 7168 * 7168 + 3 * 7168 + h["attention"] + h["around"] + 256 * h["expert"]
 
 
+def test_deepseek_v32():
+    """V3 and in every layer an indexer of 14.0M parameters."""
+    count, v3 = count_parameters(deepseek_v32.get_config().model), count_parameters(V3)
+    indexer = 1536 * 64 * 128 + 7168 * 128 + 2 * 128 + 7168 * 64
+    assert count.total - v3.total == count.active - v3.active == 61 * indexer
+    assert count.mtp - v3.mtp == indexer
+
+
 def test_ten_million():
     count = count_parameters(TEN_MILLION)
     assert count.total == 9_997_184
@@ -99,6 +108,21 @@ def test_flops_per_token_by_hand(depth):
     if depth:
         without = dataclasses.replace(config, mtp=None)
         assert forward_flops_per_token(config, seq_len, mtp=False) == forward_flops_per_token(without, seq_len)
+
+
+def test_flops_of_sparse_attention_by_hand():
+    """Every key that a query sees is scored by every indexer head, and at most index_topk are attended to."""
+    I, J, k, T = 4, 32, 5, 12
+    dense = TEN_MILLION.attention
+    sparse = DsaConfig(dense=dense, index_n_heads=I, index_head_dim=J, index_topk=k)
+    matrices = 96 * I * J + 256 * J + 256 * I
+    per_layer = 2 * matrices
+    for t in range(T):
+        seen, attended = t + 1, min(t + 1, k)
+        per_layer += 2 * I * (J + 1) * seen / T
+        per_layer -= 2 * 4 * (32 + 16 + 32) * (seen - attended) / T
+    got = forward_flops_per_token(dataclasses.replace(TEN_MILLION, attention=sparse), T)
+    assert got == pytest.approx(forward_flops_per_token(TEN_MILLION, T) + 4 * per_layer, rel=1e-12)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -141,7 +165,8 @@ def test_cache_bytes(compute, size):
 
 
 def test_cache_bytes_are_those_of_the_buffers():
-    for config in (TEN_MILLION, dataclasses.replace(TEN_MILLION, attention=GqaConfig())):
+    for attention in (TEN_MILLION.attention, GqaConfig(), DsaConfig()):
+        config = dataclasses.replace(TEN_MILLION, attention=attention)
         tree = PureModel(config)
         shapes = tree.abstract()
 
