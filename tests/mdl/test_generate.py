@@ -80,7 +80,7 @@ DRAWN = Sampling(temperature=0.9, top_k=20, top_p=0.9)
 
 
 @pytest.mark.parametrize(
-    ("name", "sampling"), [("v3", GREEDY), ("v3", DRAWN), ("v2", GREEDY), ("qwen", DRAWN), ("dense", GREEDY)]
+    ("name", "sampling"), [("v3", GREEDY), ("v3", DRAWN), ("v32", DRAWN), ("v2", GREEDY), ("qwen", DRAWN), ("dense", GREEDY)]
 )
 def test_the_same_seed_gives_the_same_text_whatever_the_batch(name, sampling):
     seeds = [3, 1, 4, 1]
@@ -145,7 +145,15 @@ def test_every_position_can_be_used():
     assert tokens == continued(generator("v3"), [PROMPTS[1]])[0]
 
 
-GOLDEN_VARIANTS = ["deepseek_v3", "deepseek_v3_yarn", "deepseek_v2_lite", "qwen3_untied", "qwen3_moe", "llama"]
+GOLDEN_VARIANTS = [
+    "deepseek_v3",
+    "deepseek_v3_yarn",
+    "deepseek_v2_lite",
+    "deepseek_v32",
+    "qwen3_untied",
+    "qwen3_moe",
+    "llama",
+]
 
 
 @pytest.mark.parametrize("variant", GOLDEN_VARIANTS)

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from experiments.loading import LoadedModel, find_model
 from experiments.scoring import score
 from mdl import hf
+from mdl.attention.dsa import DsaConfig
 from mdl.attention.mla import MlaConfig
 from mdl.hf.load import export_tensors, read_config
 from mdl.linear import Init
@@ -26,7 +27,7 @@ from mdl.rope import RopeConfig, YarnConfig, apply_rotary, rotary_tables
 from mdl.sharding import MeshConfig, spec
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-DEEPSEEK = ["deepseek_v3", "deepseek_v3_yarn", "deepseek_v3_mtp", "deepseek_v2_lite"]
+DEEPSEEK = ["deepseek_v3", "deepseek_v3_yarn", "deepseek_v3_mtp", "deepseek_v2_lite", "deepseek_v32"]
 VARIANTS = [*DEEPSEEK, "qwen3_untied", "qwen3_moe", "llama"]
 TOLERANCE = 1e-4  # see tests/golden/README.md
 
@@ -66,7 +67,7 @@ def batch_of(tokens_BT: np.ndarray, model: LoadedModel) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize(
-    ("variant", "scan_layers"), [*((v, True) for v in VARIANTS), ("deepseek_v3", False), ("llama", False)]
+    ("variant", "scan_layers"), [*((v, True) for v in VARIANTS), ("deepseek_v3", False), ("deepseek_v32", False), ("llama", False)]
 )
 def test_logits_and_loss(variant, scan_layers):
     model = loaded(variant)
@@ -92,6 +93,7 @@ def test_input_longer_than_the_original_context(variant):
     [
         ("deepseek_v3", MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
         ("deepseek_v3_mtp", MeshConfig(data=1, fsdp=8)),
+        ("deepseek_v32", MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
         ("llama", MeshConfig(data=4, tensor=2)),
     ],
 )
@@ -154,6 +156,7 @@ def test_every_layer(variant):
 @all_variants
 def test_rotary_settings(variant):
     attention, want = loaded(variant).config.attention, golden(variant)
+    attention = attention.dense if isinstance(attention, DsaConfig) else attention
     frequencies = attention.rope.inverse_frequencies(attention.rotary_dim)
     np.testing.assert_allclose(frequencies, want["rope.inv_freq"], rtol=1e-6)
     np.testing.assert_allclose(attention.rope.table_factor, want["rope.attention_scaling"], rtol=1e-6)
@@ -226,7 +229,7 @@ def test_multi_token_prediction():
 # ---- config files
 
 
-@pytest.mark.parametrize("variant", ["deepseek_v3", "deepseek_v3_yarn", "deepseek_v2_lite"])
+@pytest.mark.parametrize("variant", ["deepseek_v3", "deepseek_v3_yarn", "deepseek_v2_lite", "deepseek_v32"])
 def test_both_spellings_of_the_config(variant):
     hub_style = json.loads((GOLDEN / variant / "config.hub_style.json").read_text())
     assert hf.model_config(hub_style) == loaded(variant).config
