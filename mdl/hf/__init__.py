@@ -1,10 +1,13 @@
 """Names and layouts of Hugging Face checkpoints, read in both directions; one file per family."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from mdl.hf import deepseek_v2, deepseek_v3, deepseek_v32, llama, qwen3, qwen3_moe
 from mdl.hf.fields import Fields
 from mdl.hf.table import Table
+from mdl.precision import PrecisionConfig
 from mdl.transformer import TransformerConfig
 
 
@@ -14,13 +17,21 @@ class Family(Protocol):
     @property
     def TABLE(self) -> Table: ...
 
+    @property
+    def ARCHITECTURE(self) -> str:  # name of the model's class in the published code
+        ...
+
     def model_config(self, fields: Fields) -> TransformerConfig: ...
 
+    def config_json(self, config: TransformerConfig) -> dict[str, Any]:
+        """The family's fields. They need not fit: ValueError is raised for a model that cannot be written down at all."""
+        ...
 
-# model_type of config.json -> family
+
+# model_type of config.json -> family; the first that can hold a model names it
 FAMILIES: dict[str, Family] = {
-    "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
+    "deepseek_v2": deepseek_v2,
     "deepseek_v32": deepseek_v32,
     "llama": llama,
     "qwen3": qwen3,
@@ -43,3 +54,56 @@ def model_config(config_json: dict[str, Any]) -> TransformerConfig:
     config = family(config_json).model_config(fields)
     fields.refuse_unread()
     return config
+
+
+def config_json(
+    config: TransformerConfig, *, bos_token_id: int | None = None, eos_token_id: int | list[int] | None = None
+) -> dict[str, Any]:
+    """The config.json of the first family that can hold the model, in the spelling that old and new public code reads.
+
+    `model_config` of it equals `config` in all that changes the model's numbers; its dtype is that of the parameters. ValueError
+    says of every family why it cannot.
+    """
+    reasons = []
+    for model_type, family in FAMILIES.items():
+        try:
+            fields = {
+                "architectures": [family.ARCHITECTURE],
+                "bos_token_id": bos_token_id,
+                "eos_token_id": eos_token_id,
+                "model_type": model_type,
+                **family.config_json(config),
+            }
+            differences = list(_differences(_numbers(config), _numbers(model_config(fields))))
+        except ValueError as error:
+            differences = [str(error)]
+        if not differences:
+            return fields
+        reasons.append(f"{model_type}: {', '.join(differences)}")
+    raise ValueError(f"no family can hold this model ({'; '.join(reasons)})")
+
+
+def _numbers(config: TransformerConfig) -> TransformerConfig:
+    """Without what a config.json does not say: how the model is computed."""
+    return dataclasses.replace(
+        config,
+        first_k_dense_replace=config.num_prefix_layers,
+        precision=PrecisionConfig(param=config.precision.param),
+        scan_layers=True,
+        remat="none",
+    )
+
+
+def _differences(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:
+    if ours == theirs:
+        return
+    if not dataclasses.is_dataclass(ours) or type(ours) is not type(theirs):
+        yield f"{name} is {_spell(ours)}, {_spell(theirs)} here"
+        return
+    for field in dataclasses.fields(ours):
+        below = f"{name}.{field.name}" if name else field.name
+        yield from _differences(getattr(ours, field.name), getattr(theirs, field.name), below)
+
+
+def _spell(value: Any) -> str:
+    return type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)

@@ -1,13 +1,15 @@
 """What the families share: the fields and tensors of a pre-norm decoder with SwiGLU layers and, in some, experts."""
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from mdl.attention.gqa import GqaConfig
+from mdl.attention.mla import MlaConfig
 from mdl.hf import fp8
 from mdl.hf.fields import Fields, precision
-from mdl.hf.rope import rope
+from mdl.hf.rope import rope, rope_json
 from mdl.hf.table import Row
 from mdl.precision import PrecisionConfig
+from mdl.transformer import TransformerConfig
 
 MODEL_ROWS = (
     Row("model.embed_tokens.weight", "embedding", "VD -> VD"),
@@ -73,6 +75,27 @@ def shared(fields: Fields) -> Shared:
     }
 
 
+def shared_json(config: TransformerConfig, attention: GqaConfig | MlaConfig) -> dict[str, Any]:
+    """What `shared` reads, the dense layers and the rotary settings."""
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range,
+        "intermediate_size": config.mlp.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_attention_heads": attention.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": config.precision.param,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+        **rope_json(attention.rope),
+    }
+
+
 def grouped_query_attention(fields: Fields, *, qk_norm: bool, head_dim: int | None = None) -> GqaConfig:
     """`head_dim` is the family's default for files without the field; None stands for hidden_size / heads."""
     heads = fields.integer("num_attention_heads")
@@ -83,6 +106,17 @@ def grouped_query_attention(fields: Fields, *, qk_norm: bool, head_dim: int | No
         qk_norm=qk_norm,
         rope=rope(fields),
     )
+
+
+def grouped_query_json(config: TransformerConfig) -> dict[str, Any]:
+    """What `shared` and `grouped_query_attention` read. ValueError for a model with another attention."""
+    attention = config.attention
+    if not isinstance(attention, GqaConfig):
+        raise ValueError(f"attention is {type(attention).__name__}, GqaConfig here")
+    return shared_json(config, attention) | {
+        "head_dim": attention.head_dim,
+        "num_key_value_heads": attention.num_key_value_heads,
+    }
 
 
 def only_full_attention(fields: Fields) -> None:

@@ -1,10 +1,13 @@
 """DeepSeek-V2 and V2-Lite: V3's attention and experts; a softmax router without bias, whose groups count by their best expert."""
 
+from typing import Any
+
 from mdl.hf import deepseek_v3
 from mdl.hf.fields import Fields
 from mdl.moe.router import RouterConfig
 from mdl.transformer import TransformerConfig
 
+ARCHITECTURE = "DeepseekV2ForCausalLM"
 TABLE = deepseek_v3.TABLE
 
 
@@ -25,3 +28,7 @@ def model_config(fields: Fields) -> TransformerConfig:
         routed_scaling_factor=fields.number("routed_scaling_factor", 1.0),
     )
     return deepseek_v3.transformer(fields, router, rope_interleave=True, mtp=None)
+
+
+def config_json(config: TransformerConfig) -> dict[str, Any]:
+    return deepseek_v3.transformer_json(config)

@@ -3,8 +3,10 @@
 MTP module k is stored as layer num_hidden_layers + k, with copies of embedding and head that nobody reads back.
 """
 
+from typing import Any
+
 from mdl.attention.mla import MlaConfig
-from mdl.hf.decoder import MLP_ROWS, MODEL_ROWS, MOE_ROWS, NORM_ROWS, TIED_ROWS, shared
+from mdl.hf.decoder import MLP_ROWS, MODEL_ROWS, MOE_ROWS, NORM_ROWS, TIED_ROWS, shared, shared_json
 from mdl.hf.fields import Fields
 from mdl.hf.rope import rope
 from mdl.hf.table import Row, Table
@@ -29,6 +31,7 @@ SHARED_EXPERT_ROWS = (
     Row("mlp.shared_experts.up_proj.weight", "mlp/shared_experts/up_proj/weight", "FD -> DF"),
     Row("mlp.shared_experts.down_proj.weight", "mlp/shared_experts/down_proj/weight", "DF -> FD"),
 )
+ARCHITECTURE = "DeepseekV3ForCausalLM"
 TABLE = Table(
     model=MODEL_ROWS,
     layer=(
@@ -50,6 +53,7 @@ TABLE = Table(
         Row("shared_head.head.weight", "head", "VD -> DV", is_copy=True),
     ),
     tied=TIED_ROWS,
+    tied_mtp=(Row("shared_head.head.weight", "embedding", "VD -> VD", is_copy=True),),
 )
 
 
@@ -70,6 +74,13 @@ def model_config(fields: Fields) -> TransformerConfig:
         rope_interleave=fields.flag("rope_interleave", True),
         mtp=MtpConfig(num_nextn_predict_layers=modules) if modules else None,
     )
+
+
+def config_json(config: TransformerConfig) -> dict[str, Any]:
+    if config.mtp and config.moe is None:
+        raise ValueError("moe is None, MoeConfig here for the MTP modules")
+    modules = config.mtp.num_nextn_predict_layers if config.mtp else 0
+    return transformer_json(config) | {"num_nextn_predict_layers": modules}
 
 
 def router_sizes(fields: Fields) -> dict[str, int]:
@@ -111,3 +122,31 @@ def transformer(
         first_k_dense_replace=dense,
         mtp=mtp,
     )
+
+
+def transformer_json(config: TransformerConfig) -> dict[str, Any]:
+    """What `transformer` and the readers of the router read; these refuse what their family does not have."""
+    attention, moe = config.attention, config.moe or MoeConfig()  # whose fields are needed even if no layer has experts
+    if not isinstance(attention, MlaConfig):
+        raise ValueError(f"attention is {type(attention).__name__}, MlaConfig here")
+    return shared_json(config, attention) | {
+        "first_k_dense_replace": config.num_prefix_layers if config.moe else config.num_hidden_layers,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "moe_intermediate_size": moe.moe_intermediate_size,
+        "moe_layer_freq": 1,
+        "n_group": moe.router.n_group,
+        "n_routed_experts": moe.router.n_routed_experts,
+        "n_shared_experts": moe.n_shared_experts,
+        "norm_topk_prob": moe.router.norm_topk_prob,
+        "num_experts_per_tok": moe.router.num_experts_per_tok,
+        "num_key_value_heads": attention.num_attention_heads,
+        "q_lora_rank": attention.q_lora_rank,
+        "qk_nope_head_dim": attention.qk_nope_head_dim,
+        "qk_rope_head_dim": attention.qk_rope_head_dim,
+        "rope_interleave": attention.rope_interleave,
+        "routed_scaling_factor": moe.router.routed_scaling_factor,
+        "scoring_func": moe.router.scoring_func,
+        "topk_group": moe.router.topk_group,
+        "topk_method": moe.router.topk_method,
+        "v_head_dim": attention.v_head_dim,
+    }

@@ -1,6 +1,7 @@
 """DeepSeek-V3.2: V3 with an indexer in every layer, that of the MTP module included, which selects the keys to attend to."""
 
 import dataclasses
+from typing import Any
 
 from mdl.attention.dsa import DsaConfig
 from mdl.attention.mla import MlaConfig
@@ -16,6 +17,7 @@ INDEXER_ROWS = (
     Row("self_attn.indexer.k_norm.bias", "attention/indexer/k_norm/bias", "J -> J"),
     Row("self_attn.indexer.weights_proj.weight", "attention/indexer/weights_proj", "ID -> DI"),
 )
+ARCHITECTURE = "DeepseekV32ForCausalLM"
 # The attention itself lies one level deeper than in V3.
 V3_ROWS = tuple(
     dataclasses.replace(row, path=row.path.replace("attention/", "attention/dense/")) for row in deepseek_v3.TABLE.layer
@@ -38,6 +40,17 @@ def model_config(fields: Fields) -> TransformerConfig:
         index_topk=fields.integer("index_topk"),
     )
     return dataclasses.replace(config, attention=attention)
+
+
+def config_json(config: TransformerConfig) -> dict[str, Any]:
+    attention = config.attention
+    if not isinstance(attention, DsaConfig):
+        raise ValueError(f"attention is {type(attention).__name__}, DsaConfig here")
+    return deepseek_v3.config_json(dataclasses.replace(config, attention=attention.dense)) | {
+        "index_head_dim": attention.index_head_dim,
+        "index_n_heads": attention.index_n_heads,
+        "index_topk": attention.index_topk,
+    }
 
 
 def _expect(fields: Fields, name: str, layers: list[str]) -> None:

@@ -1,5 +1,7 @@
 """Qwen3-MoE: Qwen3's attention; softmax over all experts, the best k, no shared expert."""
 
+from typing import Any
+
 from mdl.hf.decoder import (
     GQA_ROWS,
     MLP_ROWS,
@@ -9,6 +11,7 @@ from mdl.hf.decoder import (
     QK_NORM_ROWS,
     TIED_ROWS,
     grouped_query_attention,
+    grouped_query_json,
     only_full_attention,
     shared,
 )
@@ -19,6 +22,7 @@ from mdl.moe.moe import MoeConfig
 from mdl.moe.router import RouterConfig
 from mdl.transformer import TransformerConfig
 
+ARCHITECTURE = "Qwen3MoeForCausalLM"
 TABLE = Table(model=MODEL_ROWS, layer=NORM_ROWS + GQA_ROWS + QK_NORM_ROWS + MLP_ROWS + MOE_ROWS, tied=TIED_ROWS)
 
 
@@ -46,6 +50,21 @@ def model_config(fields: Fields) -> TransformerConfig:
         moe=experts if dense < sizes["num_hidden_layers"] else None,
         first_k_dense_replace=dense,
     )
+
+
+def config_json(config: TransformerConfig) -> dict[str, Any]:
+    if config.moe is None:
+        raise ValueError("moe is None, MoeConfig here")
+    router = config.moe.router
+    return grouped_query_json(config) | {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(config.num_prefix_layers)),
+        "moe_intermediate_size": config.moe.moe_intermediate_size,
+        "norm_topk_prob": router.norm_topk_prob,
+        "num_experts": router.n_routed_experts,
+        "num_experts_per_tok": router.num_experts_per_tok,
+        "use_sliding_window": False,
+    }
 
 
 def dense_layers(fields: Fields, num_layers: int) -> int:

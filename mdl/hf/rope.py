@@ -1,7 +1,12 @@
 """Rotary settings of a config.json: `rope_theta` and `rope_scaling` as on the hub, or `rope_parameters` as in newer files."""
 
+import dataclasses
+from typing import Any
+
 from mdl.hf.fields import Fields
 from mdl.rope import AnyRope, Llama3RopeConfig, RopeConfig, YarnConfig
+
+KINDS: dict[type[RopeConfig], str] = {RopeConfig: "default", YarnConfig: "yarn", Llama3RopeConfig: "llama3"}
 
 
 def rope(fields: Fields) -> AnyRope:
@@ -50,6 +55,13 @@ def rope(fields: Fields) -> AnyRope:
         )
     settings.refuse_unread()
     return built
+
+
+def rope_json(config: AnyRope) -> dict[str, Any]:
+    """The fields in the hub's spelling, which new code reads too; the kind under both of its names."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    theta, kind = settings.pop("rope_theta"), KINDS[type(config)]
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, "type": kind, **settings} if settings else None}
 
 
 def _original_length(fields: Fields, settings: Fields) -> int:

@@ -81,6 +81,7 @@ class Table:
     mtp: tuple[Row, ...] = ()
     mtp_copies: tuple[Row, ...] = ()  # paths from the root
     tied: tuple[Row, ...] = ()  # instead of rows of `model` when the head is the embedding
+    tied_mtp: tuple[Row, ...] = ()  # instead of rows of `mtp_copies` then
     layer_prefix: str = "model.layers.{layer}."
 
 
@@ -140,7 +141,7 @@ def bind(table: Table, config: TransformerConfig, shapes: Mapping[str, tuple[int
     for k in range(modules):
         found += at_layers(table.layer, f"mtp/{k}/block/", layers + k)
         found += at_layers(table.mtp, f"mtp/{k}/", layers + k)
-        found += at_layers(table.mtp_copies, "", layers + k)
+        found += at_layers(table.mtp_copies + (table.tied_mtp if config.tie_word_embeddings else ()), "", layers + k)
 
     bindings = [binding for binding in found if binding is not None]
     unnamed = shapes.keys() - {binding.path for binding in bindings if not binding.row.is_copy}
