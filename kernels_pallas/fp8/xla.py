@@ -28,9 +28,8 @@ def dequantize(data_MN: jax.Array, scale: jax.Array, block: tuple[int, int], dty
 
 def round_up_to_power_of_two(scale: jax.Array) -> jax.Array:
     """On bits, for positive normal float32: exp2 and log2 are not exact, and a cast to float8_e8m0fnu rounds to nearest."""
-    bits = jax.lax.bitcast_convert_type(scale, jnp.uint32)
-    exponent = jnp.clip((bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(jnp.uint32), 1, 254)
-    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    return jax.lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
 
 
 def _split(x_MN: jax.Array, block: tuple[int, int]) -> jax.Array:
