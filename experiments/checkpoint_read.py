@@ -81,6 +81,17 @@ def read_config(directory, *, step: int | None = None) -> Saved:
     raise UserError(f"{directory}: no checkpoint here")
 
 
+def find_step(directory, step: int):
+    """The directory of one step, from the same places as `restore_params`."""
+    return step_path(_locate(directory)[0], step)
+
+
+def read_sizes(step) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every array in the directory of a step."""
+    arrays = _read_meta(step)["arrays"]
+    return {name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape, _) in arrays.items()}
+
+
 def saved_steps(directory) -> list[int]:
     """Returns the steps whose save was completed, oldest first."""
     return sorted(found.step for found in step_names().find_all(local_absolute(directory)))

@@ -129,7 +129,7 @@ def _split(
     argv: Sequence[str], flags_class: type, *, takes_config: bool
 ) -> tuple[dict[str, str], dict[str, str], bool]:
     """argv into program flags, config overrides and whether help was asked for."""
-    hints = field_types(flags_class)
+    hints = {config_help.flag_name(name): hint for name, hint in field_types(flags_class).items()}
     flags: dict[str, str] = {}
     overrides: dict[str, str] = {}
     names = [*hints, *(["config"] if takes_config else [])]
@@ -160,10 +160,15 @@ def _split(
 
 
 def _build_flags(flags_class: type[F], given: dict[str, str]) -> F:
-    values = {name: parse_value(field_types(flags_class)[name], text, f"--{name}") for name, text in given.items()}
+    values = {
+        name: parse_value(hint, given[flag], f"--{flag}")
+        for name, hint in field_types(flags_class).items()
+        if (flag := config_help.flag_name(name)) in given
+    }
     for f in dataclasses.fields(flags_class):  # pyright: ignore[reportArgumentType]
         if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise UserError(f"--{f.name} is required: {config_help.field_docs(flags_class).get(f.name, 'give it')}")
+            doc = config_help.field_docs(flags_class).get(f.name, "give it")
+            raise UserError(f"--{config_help.flag_name(f.name)} is required: {doc}")
     try:
         return flags_class(**values)
     except ValueError as error:

@@ -50,6 +50,11 @@ def _docs_in_source(source: str) -> dict[str, str]:
     return docs
 
 
+def flag_name(field: str) -> str:
+    """How a field of program flags is spelt: `from_` is `--from`, which Python keeps for itself."""
+    return field.rstrip("_")
+
+
 def help_text(program: str, flags_class: type, config: Any) -> str:
     """The whole text. `config`: an instance (its values are shown), a class (its defaults are), or None (no config)."""
     lines = [
@@ -59,7 +64,7 @@ def help_text(program: str, flags_class: type, config: Any) -> str:
     ]
     if config is not None:
         lines[0] += " [--config.SECTION.FIELD=VALUE ...]"
-    rows = [(f"--{name}", *columns) for name, *columns in _rows(flags_class, None)]
+    rows = [(f"--{flag_name(name)}", *columns) for name, *columns in _rows(flags_class, None)]
     lines += ["", "flags:", *_table(rows)] if rows else []
     if config is not None:
         cls = config if isinstance(config, type) else type(config)

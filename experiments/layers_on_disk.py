@@ -29,7 +29,7 @@ def to_disk(state) -> dict[str, jax.Array]:
     (XLA's GPU client caps that memory; XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB raises the cap.)
     """
     arrays = {}
-    for names, leaf in _named_leaves(state):
+    for names, leaf in named_leaves(state):
         if isinstance(names, str):
             arrays[names] = leaf
         else:
@@ -42,7 +42,7 @@ def to_disk(state) -> dict[str, jax.Array]:
 def abstract_on_disk(abstract) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns {name on disk: shape, dtype and target sharding of one array} for a state of ShapeDtypeStructs."""
     arrays = {}
-    for names, leaf in _named_leaves(abstract):
+    for names, leaf in named_leaves(abstract):
         if leaf.sharding is None:
             raise ValueError(f"{names}: a state can be read only onto shardings, this leaf has none")
         if isinstance(names, str):
@@ -56,7 +56,7 @@ def abstract_on_disk(abstract) -> dict[str, jax.ShapeDtypeStruct]:
 def from_disk(arrays: dict[str, jax.Array], abstract):
     """Rebuilds the state that `abstract` describes. Empties `arrays` on the way: one leaf at a time is held twice."""
     leaves = []
-    for names, leaf in _named_leaves(abstract):
+    for names, leaf in named_leaves(abstract):
         if isinstance(names, str):
             leaves.append(arrays.pop(names))
         else:
@@ -68,7 +68,7 @@ def from_disk(arrays: dict[str, jax.Array], abstract):
 def checksums(state) -> dict[str, int]:
     """Returns {name on disk: the sum of the array's bits, as words, modulo 2**32}: the same on every mesh."""
     sums = {}
-    for names, leaf in _named_leaves(state):
+    for names, leaf in named_leaves(state):
         # One at a time: virtual CPU devices abort when many collectives are queued.
         if isinstance(names, str):
             sums[names] = int(_sum_of_words(leaf, 0))
@@ -92,7 +92,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {"/".join(_keys(path)): leaf for path, leaf in paths}
 
 
-def _named_leaves(tree) -> list[tuple[str | list[str], Any]]:
+def named_leaves(tree) -> list[tuple[str | list[str], Any]]:
     """Every leaf in order, with its name on disk or with the names of its layers."""
     paths = [(_keys(path), leaf) for path, leaf in jax.tree.flatten_with_path(tree)[0]]
     # Buffers and the like may skip a prefix layer, parameters never do: the whole tree knows the count.
