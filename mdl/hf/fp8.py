@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from kernels_pallas.fp8 import host
 from kernels_pallas.fp8.api import BLOCK
 from mdl.hf.fields import Fields
 
@@ -57,8 +58,6 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def read(tensors: Mapping[str, np.ndarray], name: str, part: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
     """float32(FP8) * scale of a part of a matrix, rounded once to `dtype`; only that part is touched."""
-    from kernels_pallas.fp8 import host
-
     rows, cols = part
     scale = tensors[scale_name(name)]
     if scale.dtype == ml_dtypes.bfloat16:
