@@ -114,6 +114,7 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     seed: int = 0  # the one seed: parameters, order of the data, sampling
+    init_from: str | None = None  # model whose parameters a new run begins with (run, step, Hugging Face); none: random
     model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)  # architecture
     data: DataConfig = dataclasses.field(default_factory=DataConfig)  # corpus and tokenizer
     optim: OptimConfig = dataclasses.field(default_factory=AdamWConfig)  # optimizer

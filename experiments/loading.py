@@ -45,7 +45,7 @@ class ModelSource:
 
     config: TransformerConfig
     tokenizer_directory: pathlib.Path
-    read_arrays: Callable[[PureModel, Mesh], Tree]
+    read_arrays: Callable[[PureModel, Mesh], Tree]  # in the dtypes of the PureModel
     trained_with_bos: bool | None = None  # whether documents began with BOS; None where that is not known
 
     def tokenizer(self) -> Tokenizer | None:
@@ -60,10 +60,13 @@ class ModelSource:
     def load(self, mesh: Mesh | None = None) -> LoadedModel:
         """Reads the arrays onto `mesh`, by default all devices; UserError for files that do not fit the config."""
         with _as_user_error():
-            mesh = USE_MESH.build() if mesh is None else mesh
-            pure = PureModel(self.config)
-            arrays = self.read_arrays(pure, mesh)
-        return LoadedModel(self.config, mesh, arrays, pure, self.tokenizer())
+            mesh, pure = USE_MESH.build() if mesh is None else mesh, PureModel(self.config)
+        return LoadedModel(self.config, mesh, self.load_arrays(pure, mesh), pure, self.tokenizer())
+
+    def load_arrays(self, pure: PureModel, mesh: Mesh) -> Tree:
+        """{"params": ..., "buffers": ...} on `mesh`, in the dtypes of `pure`; each process reads what its devices hold."""
+        with _as_user_error():
+            return self.read_arrays(pure, mesh)
 
 
 def load_model(checkpoint: str | os.PathLike, mesh: Mesh | None = None) -> LoadedModel:
@@ -71,14 +74,14 @@ def load_model(checkpoint: str | os.PathLike, mesh: Mesh | None = None) -> Loade
     return find_model(checkpoint).load(mesh)
 
 
-def find_model(checkpoint: str | os.PathLike, *, ema: bool = False) -> ModelSource:
+def find_model(checkpoint: str | os.PathLike, *, ema: bool = False, flag: str = "--checkpoint") -> ModelSource:
     """Reads the JSON of a checkpoint, no array; UserError if there is none or it cannot be honoured.
 
-    ema: take the run's moving average in place of its parameters.
+    ema: take the run's moving average in place of its parameters. flag: what `checkpoint` was given as.
     """
     directory = pathlib.Path(checkpoint)
     if "://" not in os.fspath(checkpoint) and not directory.is_dir():
-        raise UserError(f"--checkpoint={checkpoint}: no such directory")
+        raise UserError(f"{flag}={checkpoint}: no such directory")
     if is_hugging_face(directory):
         with _as_user_error(f"{directory}: "):
             config = hf.model_config(hf_load.read_config(directory))
@@ -116,7 +119,8 @@ def _run_directory(directory: pathlib.Path) -> pathlib.Path:
 def _restore(checkpoint: str | os.PathLike, step: int, pure: PureModel, mesh: Mesh, *, ema: bool) -> Tree:
     with jax.set_mesh(mesh):
         abstract = abstract_state(lambda: pure.init(jax.random.key(0)), mesh)
-    return restore_params(checkpoint, abstract, step=step, ema=ema, cast=ema).state  # averages are float32
+    # Averages are float32, and a run that begins here may keep its parameters in another dtype.
+    return restore_params(checkpoint, abstract, step=step, ema=ema, cast=True).state
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ CHECKPOINTS_NAME = "checkpoints"
 # Fields that define which run it is: a directory whose config differs here holds another run. All others may change on the way.
 _IDENTITY = (
     "seed",
+    "init_from",
     "model.",
     "data.source",
     "data.tokenizer",

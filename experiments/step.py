@@ -15,9 +15,9 @@ from mdl.pure import PureModel, Tree
 Metrics = dict[str, jax.Array]
 
 
-def init_state(config: ExperimentConfig, model: PureModel) -> Tree:
-    """The state of step 0; to be jitted under the mesh."""
-    tree = model.init(jax.random.key(config.seed))
+def init_state(config: ExperimentConfig, model: PureModel, tree: Tree | None = None) -> Tree:
+    """The state of step 0, to be jitted under the mesh; with fresh parameters and buffers unless `tree` holds them."""
+    tree = model.init(jax.random.key(config.seed)) if tree is None else tree
     state = {
         "step": jnp.zeros((), jnp.int32),  # optimizer steps begun, the skipped ones included
         **tree,

@@ -8,7 +8,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.data.cache import build_once
 from experiments.errors import UserError
@@ -35,8 +35,9 @@ class Tokenizer:
         self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         self.bos_id, self.eos_id, self.pad_id = (self._id_of(key, name) for key, name in self._names.items())
         self.vocab_size = max(raw.get_vocab(with_added_tokens=True).values()) + 1
-        content = json.dumps([json.loads(raw.to_str()), self._names], sort_keys=True)
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        content = json.loads(raw.to_str())
+        self.vocabulary_sha256 = _sha256(content)  # of what ids mean, whichever of them are BOS and EOS
+        self.fingerprint = _sha256([content, self._names])
 
     def _id_of(self, key: str, name: str | None) -> int | None:
         if name is None:
@@ -169,6 +170,10 @@ def load_tokenizer(
     return Tokenizer(
         raw, bos=bos_token or names["bos_token"], eos=eos_token or names["eos_token"], pad=names["pad_token"]
     )
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _special_names(path: pathlib.Path) -> dict[str, str | None]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import resume
+from experiments import init_from, resume
 from experiments.backend import set_up_backend
 from experiments.checkpoint import Checkpointer, restore_params, saved_steps
 from experiments.config import ExperimentConfig
@@ -23,6 +23,7 @@ from experiments.eval.held_out import HeldOut
 from experiments.eval.sample import print_sample
 from experiments.feed import Feed
 from experiments.interrupt import Interrupt
+from experiments.loading import ModelSource
 from experiments.meter import Meter, Profiler
 from experiments.metrics import NoMetricsWriter
 from experiments.peak_flops import find_peak
@@ -39,22 +40,28 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
     Raises UserError, before anything is compiled or written, for what cannot be trained here or a workdir of another run.
     """
     directory = pathlib.Path(workdir)
-    data = prepare(config, directory)
+    data, source = prepare(config, directory)
     is_main = jax.process_index() == 0
     say = on_first_process(lambda line: print(line, flush=True))
-    mesh = config.mesh.build()
+    mesh, model = config.mesh.build(), PureModel(config.model)
     peak = find_peak(list(mesh.devices.flat))
+    initial = source.load_arrays(model, mesh) if source else None
+    resume.create(config, directory, data)
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        model = PureModel(config.model)
         describe(config, data, mesh, peak, say)
         checkpointer = stack.enter_context(Checkpointer(directory / resume.CHECKPOINTS_NAME, config.checkpoint))
         # The initial state is computed once: on a CPU compiling it well would take longer than running it badly.
         quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        make_state = jax.jit(lambda: init_state(config, model), compiler_options=quickly)
-        restored = checkpointer.restore_latest(resume.abstract_state(make_state, mesh))
+        make_state = jax.jit(
+            lambda initial: init_state(config, model, initial), donate_argnums=0, compiler_options=quickly
+        )
+        restored = checkpointer.restore_latest(resume.abstract_state(lambda: init_state(config, model), mesh))
         resume.report(restored, data, say)
-        state = restored.state if restored else make_state()
+        if initial is not None:
+            say(f"the run begins with the parameters of {config.init_from}")
+        state = restored.state if restored else make_state(initial)
+        del initial  # donated
         done = restored.step if restored else 0
 
         feed = stack.enter_context(Feed(config, data, mesh, restored.data_state if restored else 0))
@@ -142,7 +149,7 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
     directory = pathlib.Path(workdir)
     if not saved_steps(directory / resume.CHECKPOINTS_NAME):
         raise UserError(f"--workdir={directory}: no checkpoint to evaluate")
-    data = prepare(config, directory, creates=False)
+    data, _ = prepare(config, directory)
     say = on_first_process(lambda line: print(line, flush=True))
     mesh = config.mesh.build()
     with jax.set_mesh(mesh):
@@ -162,13 +169,15 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
     return 0
 
 
-def prepare(config: ExperimentConfig, directory: pathlib.Path, *, creates: bool = True) -> Data:
-    """Refuses what cannot work, in the order of cost, then reads the corpus and creates the run directory."""
+def prepare(config: ExperimentConfig, directory: pathlib.Path) -> tuple[Data, ModelSource | None]:
+    """Refuses what cannot work, in the order of cost; returns the corpus, and where a new run takes its parameters from."""
     config.check_training()
     config.log.check()
     config.check_mesh(jax.device_count(), jax.process_count())
     config.optim.build(config.train.num_steps)  # UserError if its schedule does not fit
     resume.check_directory(config, directory)
+    is_new = not saved_steps(directory / resume.CHECKPOINTS_NAME)
+    source = init_from.find_source(config) if is_new else None
     data = config.data.build(
         config.train.seq_len,
         config.seed,
@@ -177,10 +186,10 @@ def prepare(config: ExperimentConfig, directory: pathlib.Path, *, creates: bool 
         say=on_first_process(lambda line: print(line, file=sys.stderr, flush=True)),
     )
     resume.check_tokenizer(config, directory, data)
-    if creates:
-        resume.create(config, directory, data)
+    if source:
+        init_from.check_tokenizer(config, source, data)
     set_up_backend()
-    return data
+    return data, source
 
 
 def on_first_process(say: Callable[[str], None]) -> Callable[[str], None]:
