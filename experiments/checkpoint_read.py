@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import os
+import pathlib
 import re
 import sys
 import traceback
@@ -171,11 +172,15 @@ def _read(path, meta: dict, wanted: Wanted, arrays: dict) -> Restored:
     import orbax.checkpoint as ocp
 
     from experiments import layers_on_disk
+    from experiments.arrays_on_disk import ArraysOnDisk
+    from mdl.hf import fp8
 
-    _check_same_model(path, arrays, meta["arrays"], wanted)
+    fp8_dims = meta["extra"].get("fp8_dims", {})  # matrices that a converted checkpoint keeps in FP8
+    scales = {fp8.scale_name(name) for name in fp8_dims}
+    _check_same_model(path, arrays, {n: a for n, a in meta["arrays"].items() if n not in scales}, wanted)
     data_state = _own_data_state(path, meta["data_states"]) if wanted.whole else {}
     handler = ocp.PyTreeCheckpointHandler()
-    item = layers_on_disk.nest(arrays)
+    item = layers_on_disk.nest({name: leaf for name, leaf in arrays.items() if name not in fp8_dims})
     restored = handler.restore(
         path / "state",
         args=ocp.args.PyTreeRestore(
@@ -188,9 +193,15 @@ def _read(path, meta: dict, wanted: Wanted, arrays: dict) -> Restored:
         ),
     )
     handler.close()
+    found = layers_on_disk.flatten(restored)
+    if fp8_dims:
+        on_disk = ArraysOnDisk(pathlib.Path(path / "state"))
+        found |= {
+            name: on_disk.dequantized(name, dims, arrays[name]) for name, dims in fp8_dims.items() if name in arrays
+        }
     return Restored(
         step=meta["step"],
-        state=layers_on_disk.from_disk(layers_on_disk.flatten(restored), wanted.state),
+        state=layers_on_disk.from_disk(found, wanted.state),
         data_state=data_state,
         config_json=meta["config"],
         extra=meta["extra"],

@@ -1,7 +1,6 @@
 """Where conversion reads from: rows of named tensors, in the layout of Hugging Face files, from either format."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import threading
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from experiments.arrays_on_disk import ArraysOnDisk
 from experiments.conversion.arrays import Size, num_bytes
 from experiments.conversion.layouts import row_step, rows_of_ours, to_theirs
 from mdl.hf.safetensors import Entry, open_tensors
@@ -78,7 +78,7 @@ class RunSource:
 
     def __init__(self, state: pathlib.Path, arrays: Mapping[str, Size], places: Mapping[str, Place]):
         self._state, self._arrays, self._places = state, arrays, places
-        self._ocdbt = json.loads((state / "_METADATA").read_text())["use_ocdbt"]
+        self._on_disk = ArraysOnDisk(state)
         self._stores: dict[str, Any] = {}
         self._lock = threading.Lock()
         self.sizes: Mapping[str, Size] = {name: self._size(place) for name, place in places.items()}
@@ -105,22 +105,10 @@ class RunSource:
         return stamps(sorted(path for path in self._state.parent.rglob("*") if path.is_file()))
 
     def _open(self, array: str) -> Any:
-        import tensorstore
-
         with self._lock:
             if array not in self._stores:
-                self._stores[array] = tensorstore.open(store_spec(self._state, array, self._ocdbt), read=True).result()
+                self._stores[array] = self._on_disk.open(array)
             return self._stores[array]
-
-
-def store_spec(state: pathlib.Path, array: str, ocdbt: bool) -> dict[str, Any]:
-    """TensorStore's description of one array as Orbax lays it out."""
-    key = array.replace("/", ".")
-    if ocdbt:
-        kvstore = {"driver": "ocdbt", "base": f"file://{state}/", "path": f"{key}/"}
-    else:
-        kvstore = {"driver": "file", "path": f"{state / key}/"}
-    return {"driver": "zarr", "kvstore": kvstore}
 
 
 def read_exactly(descriptor: int, content: np.ndarray, offset: int, file: pathlib.Path) -> None:
