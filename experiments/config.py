@@ -8,6 +8,7 @@ from experiments.errors import UserError
 from experiments.metrics import LogConfig
 from experiments.optim.adamw import AdamWConfig
 from experiments.optim.schedule import PiecewiseConfig
+from mdl.attention.dsa import DsaConfig
 from mdl.sharding import MeshConfig
 from mdl.transformer import TransformerConfig
 
@@ -157,6 +158,16 @@ class ExperimentConfig:
                 f"model.moe.router.n_group={router.n_group} limits nothing with topk_method={router.topk_method} and "
                 f"topk_group={router.topk_group}; set n_group=1, or a smaller topk_group with another method"
             )
+        if isinstance(model.attention, DsaConfig):
+            if model.attention.index_topk >= train.seq_len:
+                raise UserError(
+                    f"model.attention.index_topk={model.attention.index_topk} selects every key of train.seq_len={train.seq_len}; "
+                    "set it below, or model.attention=MlaConfig for dense attention"
+                )
+            raise UserError(
+                "model.attention=DsaConfig: the indexer cannot be trained yet (the loss sends it no gradient), only scored, "
+                "generated from and converted; train with model.attention=MlaConfig"
+            )
         has_bias = router is not None and router.has_bias
         if loss.bias_update_speed and not has_bias:
             raise UserError(
@@ -172,6 +183,7 @@ class ExperimentConfig:
             raise UserError(str(error)) from error
         model, attention, rows = self.model, self.model.attention, data * fsdp * expert
         heads = getattr(attention, "num_key_value_heads", attention.num_attention_heads)
+        index_heads = attention.index_n_heads if isinstance(attention, DsaConfig) else 0
         experts, width = (model.moe.router.n_routed_experts, model.moe.moe_intermediate_size) if model.moe else (0, 0)
         for name, value, parts, axis in (
             ("train.batch_size / train.grad_accum_steps", self.train.micro_batch_size, rows, "data x fsdp x expert"),
@@ -179,6 +191,7 @@ class ExperimentConfig:
             ("model.hidden_size", model.hidden_size, fsdp, "fsdp"),
             ("model.vocab_size", model.vocab_size, tensor, "tensor"),
             ("model.attention heads", heads, tensor, "tensor"),
+            ("model.attention.index_n_heads", index_heads, tensor, "tensor"),
             ("model.mlp.intermediate_size", model.mlp.intermediate_size, tensor, "tensor"),
             ("model.moe.moe_intermediate_size", width, tensor, "tensor"),
             ("model.moe.router.n_routed_experts", experts, expert, "expert"),

@@ -74,6 +74,16 @@ ONLY_CONFIG = {
         "none",
     ),
     "groups that limit nothing": (["--config.model.moe.router.topk_method=greedy"], "n_group=2", "set n_group=1"),
+    "every key selected": (
+        ["--config.model.attention=DsaConfig", "--config.model.attention.index_topk=16"],
+        "model.attention.index_topk=16 selects every key of train.seq_len=16",
+        "set it below",
+    ),
+    "an indexer in training": (
+        ["--config.model.attention=DsaConfig", "--config.model.attention.index_topk=8"],
+        "the indexer cannot be trained yet",
+        "model.attention=MlaConfig",
+    ),
     "sequence beyond positions": (
         ["--config.train.seq_len=65"],
         "train.seq_len=65",

@@ -2,7 +2,8 @@
 
 Nothing is packed, padded, sharded, scanned or chunked here, and nothing is shared with the code under test but the configs and
 the names of the parameters. Sources: DeepSeek-V3 report (arXiv 2412.19437) sections 2.1 and 2.2, DeepSeek-V2 (2405.04434)
-section 2.1, DeepSeek-V3.2-Exp report section 2.1, YaRN (2309.00071), grouped-query attention (2305.13245), Llama 3.1's released configuration.
+section 2.1, DeepSeek-V3.2-Exp report section 2.1, YaRN (2309.00071), grouped-query attention (2305.13245), Llama 3.1's released
+configuration.
 """
 
 import functools
