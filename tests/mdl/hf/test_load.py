@@ -12,8 +12,10 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from mdl import hf
-from mdl.hf import llama
+from mdl.hf import deepseek_v3, llama
 from mdl.hf.load import export_tensors, load_params, read_config
+from mdl.hf.safetensors import open_tensors
+from mdl.hf.safetensors_write import ShardWriter, plan_shards, write_index
 from mdl.hf.table import Layout
 from mdl.pure import PureModel
 from mdl.sharding import MeshConfig
@@ -24,6 +26,7 @@ VARIANTS = [
     "deepseek_v3_yarn",
     "deepseek_v3_mtp",
     "deepseek_v2_lite",
+    "deepseek_v32",
     "qwen3_untied",
     "qwen3_moe",
     "llama",
@@ -53,15 +56,38 @@ def copied(tmp_path):
     return copy
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_in_and_out_again(variant):
-    arrays, config = load(GOLDEN / variant)
-    table = hf.family(read_config(GOLDEN / variant)).TABLE
-    exported = list(export_tensors(arrays, config, table))
-    want = load_file(GOLDEN / variant / "model.safetensors")
-    assert sorted(name for name, _ in exported) == sorted(want)
-    for name, tensor in exported:
-        np.testing.assert_array_equal(tensor, want[name], err_msg=name)
+KEPT_IN_FLOAT32 = ("e_score_correction_bias", "indexer.weights_proj.weight")
+
+
+def to_bfloat16(tensors):
+    return {k: v if k.endswith(KEPT_IN_FLOAT32) else v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [*((variant, "float32") for variant in VARIANTS), ("deepseek_v32", "bfloat16"), ("deepseek_v3_mtp", "bfloat16")],
+)
+def test_in_and_out_again(copied, variant, dtype):
+    directory = copied(variant, to_bfloat16 if dtype == "bfloat16" else None, dtype=dtype)
+    arrays, config = load(directory)
+    config_json = hf.config_json(config)
+    exported = dict(export_tensors(arrays, config, hf.family(config_json).TABLE))
+
+    written = directory / "written"
+    written.mkdir()
+    (written / "config.json").write_text(json.dumps(config_json))
+    shards = plan_shards({name: (tensor.dtype, tensor.shape) for name, tensor in exported.items()}, 100_000)
+    for shard in shards:
+        with ShardWriter(written, shard) as writer:
+            for name in shard.entries:
+                writer.write(name, exported[name])
+    write_index(written, shards)
+
+    want, got = open_tensors(directory), open_tensors(written)
+    assert set(got) == set(want)
+    for name in want:
+        assert (got[name].dtype, got[name].shape) == (want[name].dtype, want[name].shape), name
+        assert got[name].tobytes() == want[name].tobytes(), name
 
 
 def test_one_tensor_lies_where_the_table_says():
@@ -85,9 +111,6 @@ def test_shards_on_eight_devices():
 
 
 def test_bfloat16_is_kept_and_router_bias_stays_float32(copied):
-    def to_bfloat16(tensors):
-        return {k: v if "bias" in k else v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
-
     arrays, _ = load(copied("deepseek_v3", to_bfloat16, dtype="bfloat16"))
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(arrays["params"])} == {"bfloat16"}
     assert arrays["buffers"]["stack"]["mlp"]["router"]["bias"].dtype == "float32"
@@ -102,6 +125,20 @@ def test_tied_head_with_and_without_its_copy(copied):
     assert "head" not in first["params"]
     jax.tree.map(np.testing.assert_array_equal, first, second)
     assert "lm_head.weight" not in dict(export_tensors(first, config, llama.TABLE))
+
+
+def test_copies_of_an_mtp_module_with_a_tied_head(copied):
+    copy = "model.layers.2.shared_head.head.weight"
+
+    def tied(tensors):
+        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight"}
+        return tensors | {copy: tensors["model.embed_tokens.weight"]}
+
+    directory = copied("deepseek_v3_mtp", tied, tie_word_embeddings=True)
+    arrays, config = load(directory)
+    exported = dict(export_tensors(arrays, config, deepseek_v3.TABLE))
+    assert set(exported) == set(open_tensors(directory))
+    np.testing.assert_array_equal(exported[copy], exported["model.embed_tokens.weight"])
 
 
 def test_mtp_copies_may_be_absent(copied):
