@@ -104,7 +104,10 @@ def test_mlp():
         (lambda: MlaConfig(qk_rope_head_dim=5), "qk_rope_head_dim is 5"),
         (lambda: DsaConfig(index_topk=0), "index_topk is 0"),
         (lambda: DsaConfig(index_n_heads=0), "index_n_heads is 0"),
-        (lambda: DsaConfig(dense=MlaConfig(q_lora_rank=None)), "q_lora_rank is none: the indexer reads the query latent"),
+        (
+            lambda: DsaConfig(dense=MlaConfig(q_lora_rank=None)),
+            "q_lora_rank is none: the indexer reads the query latent",
+        ),
         (lambda: DsaConfig(index_head_dim=15), "index_head_dim=15 is less than dense.qk_rope_head_dim=16"),
     ],
 )

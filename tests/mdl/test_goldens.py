@@ -67,7 +67,8 @@ def batch_of(tokens_BT: np.ndarray, model: LoadedModel) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize(
-    ("variant", "scan_layers"), [*((v, True) for v in VARIANTS), ("deepseek_v3", False), ("deepseek_v32", False), ("llama", False)]
+    ("variant", "scan_layers"),
+    [*((v, True) for v in VARIANTS), ("deepseek_v3", False), ("deepseek_v32", False), ("llama", False)],
 )
 def test_logits_and_loss(variant, scan_layers):
     model = loaded(variant)
