@@ -129,7 +129,17 @@ class Checkpointer:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(layers_on_disk.nest(arrays)), meta=ocp.args.JsonSave(meta)
+                    state=ocp.args.PyTreeSave(
+                        layers_on_disk.nest(arrays),
+                        # A chunk for each expert: whoever reads one of them need not read all.
+                        save_args=layers_on_disk.nest(
+                            {
+                                name: ocp.SaveArgs(shard_axes=(0,) if layers_on_disk.is_by_expert(name) else ())
+                                for name in arrays
+                            }
+                        ),
+                    ),
+                    meta=ocp.args.JsonSave(meta),
                 ),
                 force=True,
             )

@@ -77,6 +77,11 @@ def checksums(state) -> dict[str, int]:
     return sums
 
 
+def is_by_expert(name: str) -> bool:
+    """Whether the first dim of the array with this name counts routed experts."""
+    return "/experts/" in name
+
+
 def nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """{"a/b": x} to {"a": {"b": x}}."""
     tree: dict[str, Any] = {}
