@@ -1,9 +1,10 @@
 """Picks the implementation of an op, says once which, and refuses clearly."""
 
 import functools
+import importlib
 import logging
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -11,6 +12,16 @@ log = logging.getLogger(__name__)
 
 class Unsupported(ValueError):  # noqa: N818 (the name is what a caller reads: "Unsupported: grouped_gemm ...")
     """An implementation declines a call; the message says what it lacks."""
+
+
+class LazyModule:
+    """A back end's module, imported when it is first used: Pallas takes a second to import, and most runs never call it."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 def select(op: str, implementation: str | None, table: Mapping[str, T]) -> T:

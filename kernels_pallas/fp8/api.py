@@ -10,17 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.fp8 import reference, xla
-from kernels_pallas.select import select
+from kernels_pallas.select import LazyModule, select
 
 BLOCK = 128
 MIN_AMAX_FLOOR = 1e-30  # below, a scale could be a float32 subnormal, which most devices flush to zero
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "tpu", "gpu"]
 # A back end is a module with `quantize(x, block, ue8m0, amax_floor) -> (data, scale)` and `dequantize(data, scale, block, dtype)`
-# on arrays of two or more dims; the first is the default.
-BACK_ENDS: dict[str, ModuleType] = {
+# on arrays of two or more dims. The first is the default everywhere: no kernel has been timed against it on a device yet.
+BACK_ENDS: dict[str, ModuleType | LazyModule] = {
     "xla": xla,
     "reference": reference,
+    "tpu": LazyModule("kernels_pallas.fp8.tpu"),
+    "gpu": LazyModule("kernels_pallas.fp8.gpu"),
 }
 
 
