@@ -2,8 +2,8 @@
 
     report = chip("h200").compile(fn, jax.ShapeDtypeStruct((4096, 7168), jnp.bfloat16))
 
-XLA:TPU and Mosaic come from libtpu, XLA:GPU and Mosaic GPU from the CUDA plugin, ptxas from NVIDIA's compiler wheel: the extra `aot`.
-Works beside CPU devices in one process, whether those are in use already or not, if JAX_PLATFORMS=cpu was set before.
+XLA:TPU and Mosaic come from libtpu, XLA:GPU and Mosaic GPU from the CUDA plugin, ptxas from NVIDIA's wheel: the extra `aot`. Works
+in a process whose CPU devices are in use already, if that was started with JAX_PLATFORMS=cpu.
 """
 
 import contextlib
@@ -256,7 +256,7 @@ LAUNCH = r"@mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(ptr [^,]+,(?: i32 [^
 _KERNELS: dict[str, dict[str, int]] = {}
 
 
-def _gpu_kernels(text: str, said: str) -> dict[str, int]:
+def _gpu_kernels(text: str, said: str) -> dict[str, Any]:
     """The largest figures of the Mosaic GPU kernels in compiled HLO, from what ptxas and Mosaic said; {} if there are none."""
     hashes = set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text))
     new = {
