@@ -71,10 +71,9 @@ class Mla(nnx.Module):
 
     def keys_and_values(self, entries: Cache) -> tuple[jax.Array, jax.Array]:
         """k_BSNK and v_BSNU of every head."""
-        kv_BSNX, k_BSR = self.kv_b_proj(entries["latent"]), entries["rotary_key"]
-        k_BSNH, v_BSNU = jnp.split(kv_BSNX, [self.config.qk_nope_head_dim], axis=-1)
+        k_BSNH, v_BSNU = jnp.split(self.kv_b_proj(entries["latent"]), [self.config.qk_nope_head_dim], axis=-1)
         k_BSNR = jnp.broadcast_to(
-            k_BSR[:, :, None, :],
+            entries["rotary_key"][:, :, None],
             (*k_BSNH.shape[:3], self.config.qk_rope_head_dim),
             out_sharding=sharding.optional_sharding(sharding.spec("batch", None, "heads", None)),
         )

@@ -281,24 +281,25 @@ def test_what_is_float32_in_a_bfloat16_model():
 
 # ---- the whole model
 
+SMALL = dataclasses.replace(V32, num_hidden_layers=2, mtp=None)
+
 
 def test_no_gradient_reaches_an_indexer():
-    grads, terms = result(V32)
-    assert terms.mtp[0] > 0
+    grads, _ = result(SMALL)
     of_indexer = {path for path in grads if "['indexer']" in path}
-    assert len(of_indexer) == 3 * 5  # prefix, stack, MTP module
+    assert len(of_indexer) == 2 * 5  # of the prefix and of the stack
     for path, grad in grads.items():
         assert np.any(grad != 0) == (path not in of_indexer), path
 
 
 def test_eight_devices_give_what_one_gives():
-    want_grads, want_terms = result(V32)
+    want_grads, want_terms = result(SMALL)
     mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2).build()
     with jax.set_mesh(mesh):
-        shardings = jax.tree.map(lambda s: NamedSharding(mesh, s.sharding.spec), pure(V32).abstract())
-        tree = jax.device_put(parameters(V32), shardings)
+        shardings = jax.tree.map(lambda s: NamedSharding(mesh, s.sharding.spec), pure(SMALL).abstract())
+        tree = jax.device_put(parameters(SMALL), shardings)
         batch = jax.device_put(BATCH, NamedSharding(mesh, spec(None, "batch", None)))
-        grads, terms = gradient_of(V32)(tree["params"], tree["buffers"], batch, 0.5, 0.7)
+        grads, terms = gradient_of(SMALL)(tree["params"], tree["buffers"], batch, 0.5, 0.7)
     np.testing.assert_allclose(terms.loss, want_terms.loss, rtol=ROUNDING)
     for path, grad in leaves(grads).items():
         atol = ROUNDING * np.abs(want_grads[path]).max()
