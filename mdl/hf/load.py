@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mdl.hf import family, fp8
-from mdl.hf.safetensors import Tensors, open_tensors
+from mdl.hf.safetensors import Tensors, open_tensors, short
 from mdl.hf.table import Binding, Table, bind
 from mdl.pure import PureModel, Tree
 from mdl.transformer import TransformerConfig
@@ -114,4 +114,6 @@ def _advice(bindings: list[Binding], tensors: Tensors) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:_NAMES_IN_MESSAGE]) + (", ..." if len(names) > _NAMES_IN_MESSAGE else "")
+    return ", ".join(short(name, 200) for name in names[:_NAMES_IN_MESSAGE]) + (
+        ", ..." if len(names) > _NAMES_IN_MESSAGE else ""
+    )

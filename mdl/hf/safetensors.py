@@ -19,6 +19,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 METADATA_KEY = "__metadata__"  # of the header; all others name tensors
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_DIMS = 64  # NumPy's limit
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -115,21 +116,22 @@ def read_header(file: str | os.PathLike) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     ends: list[tuple[int, int, str]] = []
     for name, fields in header.items():
-        dtype, shape, (begin, end) = _check_fields(file, name, fields)
+        tensor = f"{file}: tensor {short(name)}"
+        dtype, shape, (begin, end) = _check_fields(tensor, fields)
         entries[name] = Entry(file, dtype, shape, data_start + begin)
         if end - begin != entries[name].num_bytes:
             raise ValueError(
-                f"{file}: tensor {name} of shape {list(shape)} and dtype {fields['dtype']} takes {entries[name].num_bytes} bytes, "
+                f"{tensor} of shape {short(list(shape))} and dtype {fields['dtype']} takes {entries[name].num_bytes} bytes, "
                 f"data_offsets give {end - begin}"
             )
         if end > size - data_start:
-            raise ValueError(f"{file}: tensor {name} ends at byte {data_start + end} of {size}; the file is truncated")
+            raise ValueError(f"{tensor} ends at byte {data_start + end} of {size}; the file is truncated")
         ends.append((begin, end, name))
     expected = 0
     for begin, end, name in sorted(ends):
         if begin != expected:
             raise ValueError(
-                f"{file}: tensor {name} begins at data byte {begin} where {expected} is next: gap or overlap"
+                f"{file}: tensor {short(name)} begins at data byte {begin} where {expected} is next: gap or overlap"
             )
         expected = end
     if expected != size - data_start:
@@ -137,16 +139,19 @@ def read_header(file: str | os.PathLike) -> dict[str, Entry]:
     return entries
 
 
-def _check_fields(file: pathlib.Path, name: str, fields: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
+def _check_fields(tensor: str, fields: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-        raise ValueError(f"{file}: tensor {name} needs dtype, shape and data_offsets, got {_short(fields)}")
+        raise ValueError(f"{tensor} needs dtype, shape and data_offsets, got {short(fields)}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{file}: tensor {name} has dtype {_short(dtype)}; known are {', '.join(DTYPES)}")
+        raise ValueError(f"{tensor} has dtype {short(dtype)}; known are {', '.join(DTYPES)}")
     if not _are_sizes(shape):
-        raise ValueError(f"{file}: tensor {name} has shape {_short(shape)}; a list of sizes is expected")
+        raise ValueError(f"{tensor} has shape {short(shape)}; a list of sizes is expected")
+    # NumPy makes no such array, even where a 0 among the sizes leaves it empty.
+    if len(shape) > _MAX_DIMS or num_bytes(DTYPES[dtype], tuple(max(size, 1) for size in shape)) >= 2**63:
+        raise ValueError(f"{tensor} has shape {short(shape)}; that is too large for any array")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{file}: tensor {name} has data_offsets {_short(offsets)}; [begin, end] is expected")
+        raise ValueError(f"{tensor} has data_offsets {short(offsets)}; [begin, end] is expected")
     return DTYPES[dtype], tuple(shape), (offsets[0], offsets[1])
 
 
@@ -158,25 +163,28 @@ def _indexed(index: pathlib.Path) -> dict[str, Entry]:
     weight_map = _parse_json(index, index.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map from tensor names to files")
+    directory = index.parent
     for name, file in weight_map.items():
         if not isinstance(file, str) or pathlib.PurePath(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(
-                f"{index}: tensor {name} is said to be in {_short(file)}; a .safetensors file beside the index is expected"
+                f"{index}: tensor {short(name)} is said to be in {short(file)}; "
+                "a .safetensors file beside the index is expected"
             )
     headers: dict[str, dict[str, Entry]] = {}
+    present = {path.name for path in directory.iterdir() if path.is_file()}  # asks for no name that the index made up
     for file in sorted(set(weight_map.values())):
-        if not (index.parent / file).is_file():
+        if file not in present:
             name = next(name for name, where in weight_map.items() if where == file)
-            raise ValueError(f"{index.parent / file}: is missing; {INDEX_NAME} expects {name} there")
-        headers[file] = read_header(index.parent / file)
+            raise ValueError(f"{directory / short(file)}: is missing; {INDEX_NAME} expects {short(name)} there")
+        headers[file] = read_header(directory / file)
     for name, file in weight_map.items():
         if name not in headers[file]:
-            raise ValueError(f"{index.parent / file}: holds no tensor {name}, which {INDEX_NAME} expects there")
+            raise ValueError(f"{directory / file}: holds no tensor {short(name)}, which {INDEX_NAME} expects there")
     for file, entries in headers.items():
         for name in entries:
             if weight_map.get(name) != file:
                 raise ValueError(
-                    f"{index.parent / file}: holds tensor {name}, which {INDEX_NAME} does not expect there"
+                    f"{directory / file}: holds tensor {short(name)}, which {INDEX_NAME} does not expect there"
                 )
     return {name: headers[file][name] for name, file in weight_map.items()}
 
@@ -186,19 +194,20 @@ def _parse_json(file: pathlib.Path, text: bytes) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise ValueError(f"{key} appears twice")
+                raise ValueError(f"{short(key)} appears twice")
             found[key] = value
         return found
 
     try:
-        value = json.loads(text, object_pairs_hook=unique)
+        value = json.loads(text.decode(), object_pairs_hook=unique)  # of bytes it would guess the encoding
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ValueError(f"{file}: not valid JSON ({_short(error)})") from error
+        raise ValueError(f"{file}: not valid JSON ({short(error)})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: a JSON object is expected, got {_short(value)}")
+        raise ValueError(f"{file}: a JSON object is expected, got {short(value)}")
     return value
 
 
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def short(value: Any, length: int = 80) -> str:
+    """What a file holds as a piece of one line that can be printed."""
+    text = " ".join(str(value).split()).encode(errors="backslashreplace").decode()
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -77,6 +77,11 @@ BAD_HEADERS = {
     "fractional size": ({"a": entry([2.0], 0, 8)}, bytes(8), {}, "tensor a has shape [2.0]"),
     "boolean size": ({"a": entry([True], 0, 4)}, bytes(4), {}, "tensor a has shape [True]"),
     "huge size": ({"a": entry([2**70], 0, 8)}, bytes(8), {}, "tensor a has shape"),
+    "huge but empty": ({"a": entry([0, 2**62, 4], 0, 0)}, b"", {}, "too large for any array"),
+    "65 dims": ({"a": entry([1] * 65, 0, 4)}, bytes(4), {}, "too large for any array"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), b"", {}, "not valid JSON"),
+    "a name of several lines": ({"a\nb" * 99: 1}, b"", {}, "tensor a ba b"),
+    "a name that no text is": (b'{"\\ud800": 1}', b"", {}, "tensor \\ud800 needs dtype"),
     "backward offsets": ({"a": entry([2], 8, 0)}, bytes(8), {}, "tensor a has data_offsets [8, 0]"),
     "three offsets": ({"a": {**ONE["a"], "data_offsets": [0, 4, 8]}}, bytes(8), {}, "tensor a has data_offsets"),
     "size of another dtype": (
