@@ -21,7 +21,7 @@ def model_config(fields: Fields) -> TransformerConfig:
         # The original code then divides and does not scale, transformers scales and does not divide.
         raise fields.refusal("norm_topk_prob", "the public implementations disagree on it; only false is supported")
     router = RouterConfig(
-        **(deepseek_v3.router_sizes(fields)),
+        **deepseek_v3.router_sizes(fields, groups=1),
         scoring_func="softmax",
         topk_method=method,
         norm_topk_prob=False,

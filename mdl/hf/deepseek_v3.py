@@ -83,9 +83,14 @@ def config_json(config: TransformerConfig) -> dict[str, Any]:
     return transformer_json(config) | {"num_nextn_predict_layers": modules}
 
 
-def router_sizes(fields: Fields) -> dict[str, int]:
-    names = ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
-    return {name: fields.integer(name) for name in names}
+def router_sizes(fields: Fields, groups: int | None = None) -> dict[str, int]:
+    """`groups` is the number of groups, and of those that a token may use, of files that leave them out."""
+    return {
+        "n_routed_experts": fields.integer("n_routed_experts"),
+        "num_experts_per_tok": fields.integer("num_experts_per_tok"),
+        "n_group": fields.integer("n_group", groups),
+        "topk_group": fields.integer("topk_group", groups),
+    }
 
 
 def transformer(

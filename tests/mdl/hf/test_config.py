@@ -203,10 +203,6 @@ def test_yarn_without_original_length_takes_the_length_of_the_model():
     assert rope == YarnConfig(factor=4.0, original_max_position_embeddings=512)
 
 
-def test_half_split_rotation_of_mla():
-    assert not config_of("deepseek_v3", rope_interleave=False).attention.rope_interleave
-
-
 @pytest.mark.parametrize(
     ("changes", "dense"),
     [
@@ -224,28 +220,69 @@ def test_all_layers_dense():
     assert config_of("deepseek_v3", first_k_dense_replace=3).moe is None
 
 
-def test_group_limited_router_of_v2():
-    config = config_of("deepseek_v2_lite", topk_method="group_limited_greedy", n_group=4, topk_group=2)
-    assert config.moe is not None and config.moe.router.topk_method == "group_limited_greedy"
-
-
 @pytest.mark.parametrize(("dtype", "used"), [("float32", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16")])
 def test_dtype(dtype, used):
     assert config_of("llama", dtype=dtype).precision.compute == used
     assert config_of("llama", dtype=None, torch_dtype=dtype).precision.compute == used
 
 
+# ---- fields in which published files differ, in every family
+
+MLA = ["deepseek_v3", "deepseek_v2_lite", "deepseek_v32"]
+EVERY = [*MLA, "llama", "qwen3_untied", "qwen3_moe"]
+
+
+def attention(config):
+    return getattr(config.attention, "dense", config.attention)  # V3.2 wraps it
+
+
+def router(config):
+    return config.moe.router
+
+
+# field, value, the variants that honour it, where their model says so; the others refuse it, unless it is off
+HONOURED = [
+    ("attention_bias", True, [], None),
+    ("tie_word_embeddings", True, EVERY, lambda config: config.tie_word_embeddings),
+    ("rope_interleave", True, MLA, lambda config: attention(config).rope_interleave),
+    ("rope_interleave", False, ["deepseek_v3"], lambda config: attention(config).rope_interleave),
+    ("norm_topk_prob", True, ["deepseek_v3", "deepseek_v32", "qwen3_moe"], lambda c: router(c).norm_topk_prob),
+    ("norm_topk_prob", False, [*MLA, "qwen3_moe"], lambda config: router(config).norm_topk_prob),
+    ("topk_method", "noaux_tc", ["deepseek_v3", "deepseek_v32"], lambda config: router(config).topk_method),
+    ("topk_method", "greedy", ["deepseek_v2_lite"], lambda config: router(config).topk_method),
+    ("topk_method", "group_limited_greedy", ["deepseek_v2_lite"], lambda config: router(config).topk_method),
+]
+
+
+@pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize(("field", "value", "honoured", "place"), HONOURED)
+def test_honoured_or_refused_in_every_family(variant, field, value, honoured, place):
+    if variant in honoured:
+        assert place(config_of(variant, **{field: value})) == value
+    elif value is False and variant not in MLA:
+        assert config_of(variant, **{field: value}) == config_of(variant)  # they have no such thing
+    else:
+        with pytest.raises(ValueError, match=rf"config\.json: {field}="):
+            config_of(variant, **{field: value})
+
+
+@pytest.mark.parametrize("variant", EVERY)
+def test_attention_factor_in_every_family(variant):
+    config = config_of(variant, rope_parameters=YARN | {"attention_factor": 1.5})
+    assert attention(config).rope.table_factor == 1.5
+
+
+def test_groups_may_be_absent_where_they_mean_nothing():
+    assert config_of("deepseek_v2_lite", n_group=None, topk_group=None) == config_of("deepseek_v2_lite")
+
+
 # ---- fields that are refused
 
 REFUSED = [
-    ("llama", "attention_bias", True),
-    ("qwen3_untied", "attention_bias", True),
-    ("deepseek_v3", "attention_bias", True),
     ("llama", "mlp_bias", True),
     ("llama", "hidden_act", "gelu"),
     ("llama", "attention_dropout", 0.1),
     ("llama", "partial_rotary_factor", 0.5),
-    ("llama", "rope_interleave", True),
     ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
     ("llama", "sliding_window", 4096),
     ("llama", "logit_scale", 0.0625),
@@ -262,15 +299,11 @@ REFUSED = [
     ("qwen3_moe", "mlp_only_layers", [1]),
     ("qwen3_moe", "decoder_sparse_step", 2),
     ("qwen3_moe", "decoder_sparse_step", 0),
-    ("deepseek_v3", "topk_method", "greedy"),
     ("deepseek_v3", "scoring_func", "softmax"),
     ("deepseek_v3", "num_key_value_heads", 2),
     ("deepseek_v3", "head_dim", 40),
     ("deepseek_v3", "moe_layer_freq", 2),
-    ("deepseek_v2_lite", "norm_topk_prob", True),
-    ("deepseek_v2_lite", "topk_method", "noaux_tc"),
     ("deepseek_v2_lite", "scoring_func", "sigmoid"),
-    ("deepseek_v2_lite", "rope_interleave", False),
 ]
 
 
