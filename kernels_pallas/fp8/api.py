@@ -82,15 +82,15 @@ def dequantize(
         raise ValueError(
             f"fp8.dequantize needs float8_e4m3fn data and float32 or float8_e8m0fnu scales, got {x.data.dtype} and {x.scale.dtype}"
         )
-    shape, rows = x.data.shape, x.data.shape[-2] if x.data.ndim > 1 else 1
-    scale_shape = (*shape[:-2], -(-rows // x.block[0]), -(-shape[-1] // x.block[1]))[-x.data.ndim :]
-    if x.scale.shape != scale_shape:
+    if x.scale.shape != _grid(x.shape, x.block):
         raise ValueError(
-            f"fp8.dequantize: data {shape} in blocks of {x.block} needs scales {scale_shape}, got {x.scale.shape}"
+            f"fp8.dequantize: data {x.shape} in blocks of {x.block} needs scales {_grid(x.shape, x.block)}, got {x.scale.shape}"
         )
     back_end = select("fp8.dequantize", implementation, BACK_ENDS)
 
     def run(data: jax.Array, scale: jax.Array) -> jax.Array:
+        if not data.size:
+            return jnp.zeros(data.shape, dtype)
         if data.ndim == 1:
             return back_end.dequantize(data[None], scale[None], x.block, jnp.dtype(dtype))[0]
         return back_end.dequantize(data, scale, x.block, jnp.dtype(dtype))
@@ -110,6 +110,8 @@ def _quantize(
     back_end = select(op, implementation, BACK_ENDS)
 
     def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if not x.size:
+            return jnp.zeros(x.shape, jnp.float8_e4m3fn), jnp.zeros(_grid(x.shape, block), jnp.float32)
         if x.ndim == 1:
             data, scale = back_end.quantize(x[None], block, ue8m0, amax_floor)
             return data[0], scale[0]
@@ -117,6 +119,12 @@ def _quantize(
 
     data, scale = _refuse_gradients(op, run)(x)
     return Fp8Array(data, scale, block)
+
+
+def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of the scales; a vector counts as one row."""
+    *leading, rows, columns = shape if len(shape) > 1 else (1, *shape)
+    return (*leading, -(-rows // block[0]), -(-columns // block[1]))[-len(shape) :]
 
 
 def _refuse_gradients(op: str, run: Callable) -> Callable:

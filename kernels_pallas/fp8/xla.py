@@ -9,7 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-MAX = 448.0  # the largest e4m3fn
+from kernels_pallas.fp8.scale import MAX, scale_of
+
 _LANES = 8  # maxima that XLA:CPU takes at once
 
 
@@ -27,46 +28,39 @@ def quantize_with_casts(
     x_MN: jax.Array, *, block: tuple[int, int], ue8m0: bool, amax_floor: float
 ) -> tuple[jax.Array, jax.Array]:
     """The formula, clamped before the cast: beyond 464 some devices give NaN, some 448."""
-    x = _split(x_MN, block).astype(jnp.float32)
+    *leading, rows, columns = x_MN.shape
+    m, n = -(-rows // block[0]), -(-columns // block[1])
+    x = _pad(_pad(x_MN, -2, m * block[0]), -1, n * block[1]).astype(jnp.float32)
+    x = x.reshape(*leading, m, block[0], n, block[1])
     finite = jnp.abs(x) < jnp.inf
-    amax = jnp.max(jnp.where(finite, jnp.abs(x), 0), axis=(-3, -1), keepdims=True)
-    scale = _scale(amax, ue8m0, amax_floor)
-    y = jnp.where(finite, jnp.clip(x / scale, -MAX, MAX), jnp.nan)
-    return _join(y.astype(jnp.float8_e4m3fn), x_MN.shape), jnp.squeeze(scale, (-3, -1))
+    scale = scale_of(jnp.max(jnp.where(finite, jnp.abs(x), 0), axis=(-3, -1), keepdims=True), ue8m0, amax_floor)
+    y = jnp.where(finite, jnp.clip(_divide(x, scale, finite), -MAX, MAX), jnp.nan)
+    data_MN = y.astype(jnp.float8_e4m3fn).reshape(*leading, m * block[0], n * block[1])
+    return data_MN[..., :rows, :columns], jnp.squeeze(scale, (-3, -1))
 
 
 def quantize_with_integers(
     x_MN: jax.Array, *, block: tuple[int, int], ue8m0: bool, amax_floor: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The same bits without a cast: for |x|, float order is integer order, and `_e4m3_codes` rounds."""
-    x = _split(x_MN, block).astype(jnp.float32)
-    bits = _bits(x) & 0x7FFFFFFF
-    finite = bits < 0x7F800000
-    lanes = jnp.where(finite, bits, 0).reshape(*x.shape[:-1], block[1] // _LANES, _LANES).max(axis=-2)
-    # The rest as floats, or XLA would merge both maxima into one without lanes.
-    amax = jnp.max(_floats(lanes), axis=(-3, -1), keepdims=True)
-    scale = _scale(amax, ue8m0, amax_floor)
-    codes = jnp.where(finite, _e4m3_codes(x / scale), 0x7F).astype(jnp.uint8)
-    return _join(jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn), x_MN.shape), jnp.squeeze(scale, (-3, -1))
+    """The same bits without a cast or a copy for padding: for |x|, the order of integers is that of floats."""
+    x_MN = x_MN.astype(jnp.float32)
+    bits_MN = _bits(x_MN) & 0x7FFFFFFF
+    finite_MN = bits_MN < 0x7F800000
+    scale = scale_of(_block_max(jnp.where(finite_MN, bits_MN, 0), block), ue8m0, amax_floor)
+    codes_MN = _e4m3_codes(_divide(x_MN, _spread(scale, block, x_MN.shape), finite_MN))
+    codes_MN = jnp.where(finite_MN, codes_MN, 0x7F).astype(jnp.uint8)
+    return jax.lax.bitcast_convert_type(codes_MN, jnp.float8_e4m3fn), scale
 
 
 def dequantize(data_MN: jax.Array, scale: jax.Array, block: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
     """float32(data) * scale, rounded once to `dtype`; `data_MN` may have leading dims."""
-    data = _split(data_MN, block).astype(jnp.float32)
-    scale = scale.astype(jnp.float32)[..., :, None, :, None]
-    return _join((data * scale).astype(dtype), data_MN.shape)
+    scale_MN = _spread(scale.astype(jnp.float32), block, data_MN.shape)
+    return (data_MN.astype(jnp.float32) * scale_MN).astype(dtype)
 
 
-def _scale(amax: jax.Array, ue8m0: bool, amax_floor: float) -> jax.Array:
-    scale = jnp.maximum(amax, amax_floor) * jnp.float32(1 / MAX)
-    return round_up_to_power_of_two(scale) if ue8m0 else scale
-
-
-def round_up_to_power_of_two(scale: jax.Array) -> jax.Array:
-    """On bits, for positive normal float32: exp2 and log2 are not exact, and a cast to float8_e8m0fnu rounds to nearest."""
-    bits = _bits(scale)
-    exponent = jnp.clip((bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(jnp.uint32), 1, 254)
-    return _floats(exponent << 23)
+def _divide(x: jax.Array, scale: jax.Array, finite: jax.Array) -> jax.Array:
+    """x / scale where finite. XLA would turn a quotient by a mere broadcast into a product with reciprocals, another rounding."""
+    return x / jnp.where(finite, scale, 1)
 
 
 def _e4m3_codes(y: jax.Array) -> jax.Array:
@@ -90,15 +84,32 @@ def _floats(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _split(x_MN: jax.Array, block: tuple[int, int]) -> jax.Array:
-    """[..., M, N] to [..., M / m, m, N / n, n], edges padded with zeros."""
-    *leading, rows, columns = x_MN.shape
-    m, n = -(-rows // block[0]), -(-columns // block[1])
-    x_MN = jnp.pad(x_MN, (*((0, 0) for _ in leading), (0, m * block[0] - rows), (0, n * block[1] - columns)))
-    return x_MN.reshape(*leading, m, block[0], n, block[1])
+def _block_max(bits_MN: jax.Array, block: tuple[int, int]) -> jax.Array:
+    """Maxima of blocks of non-negative floats given as bits: across vectors as integers, the rest as floats.
+
+    (If both were integers, XLA would merge them into one maximum without vectors.)
+    """
+    *leading, rows, columns = bits_MN.shape
+    m, n, whole = -(-rows // block[0]), -(-columns // block[1]), columns // block[1]
+    edge_MN = bits_MN[..., whole * block[1] :]
+    lanes = [
+        part_MN.reshape(*leading, rows, blocks, block[1] // _LANES, _LANES).max(axis=-2)
+        for part_MN, blocks in (
+            (bits_MN[..., : whole * block[1]], whole),
+            (_pad(edge_MN, -1, (n - whole) * block[1]), n - whole),
+        )
+    ]
+    lanes = _floats(_pad(jnp.concatenate(lanes, axis=-2), -3, m * block[0]))
+    return lanes.reshape(*leading, m, block[0], n, _LANES).max(axis=(-3, -1))
 
 
-def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    *leading, m, block_rows, n, block_columns = x.shape
-    x_MN = x.reshape(*leading, m * block_rows, n * block_columns)
-    return x_MN[..., : shape[-2], : shape[-1]]
+def _spread(scale: jax.Array, block: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:
+    """The scale of every element."""
+    return jnp.repeat(jnp.repeat(scale, block[0], axis=-2), block[1], axis=-1)[..., : shape[-2], : shape[-1]]
+
+
+def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Zeros behind x up to `size` along an axis."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
