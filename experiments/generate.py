@@ -38,12 +38,15 @@ class GenerateFlags:
     seed: int = 0  # the same seed continues a prompt in the same way, whatever else is in the batch
     stop: str | None = None  # text that ends a continuation (\n for a new line); several as a JSON list
     eos: bool = True  # the tokenizer's EOS ends a continuation
-    bos: bool | None = None  # put BOS in front; none: as in training, for a Hugging Face directory if there is one
+    bos: bool | None = None  # put BOS in front; none: as in training, for a Hugging Face directory as its files say
+    chat: bool = False  # each prompt is a message of the user, put through the chat template
     ema: bool = False  # use the averaged parameters of the run
 
     def __post_init__(self):
         if [self.prompt, self.prompts, self.prompt_ids].count(None) != 2:
             raise ValueError("give one of --prompt=TEXT, --prompts=FILE and --prompt_ids=1,2,3")
+        if self.chat and self.prompt_ids is not None:
+            raise ValueError("--chat puts text through the chat template; give it with --prompt or --prompts")
         if self.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens={self.max_new_tokens}: must be at least 1")
         _check_seed(self.seed, "--seed=")
@@ -86,8 +89,9 @@ def main(argv: list[str]) -> int:
     eos_id = tokenizer.eos_id if tokenizer and flags.eos else None
     rows = [Continuation(tokenizer, eos_id=eos_id, stop=stops) for _ in prompts]
     is_streamed = out is None and len(prompts) == 1
+    between = "\n" if flags.chat else ""
     if is_streamed and prompts[0].text is not None:
-        _print(prompts[0].text)
+        _print(prompts[0].text + between)
     try:
         speed = _run(model, prompts, rows, sampling, flags.max_new_tokens, is_streamed=is_streamed)
     except KeyboardInterrupt:
@@ -99,7 +103,7 @@ def main(argv: list[str]) -> int:
         _write(out, prompts, rows)
     else:
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            _print(f"--- {i + 1} of {len(prompts)} ({row.finish})\n{prompt.text}{row.text}\n")
+            _print(f"--- {i + 1} of {len(prompts)} ({row.finish})\n{prompt.text}{between}{row.text}\n")
     print(speed, file=sys.stderr)
     return 0
 
@@ -215,7 +219,14 @@ def _encode(
     if tokenizer is None:
         raise UserError(f"--checkpoint={flags.checkpoint}: holds no tokenizer.json; give --prompt_ids instead of text")
     bos = source.begins_with_bos(tokenizer) if flags.bos is None else flags.bos
-    prompts = [Prompt(text, tokenizer.encode(text, bos=bos), seed) for text, seed in texts]
+    if flags.chat:
+        from experiments.chat_template import encode_chat
+
+        messages = [{"role": "user", "content": text} for text, _ in texts]
+        ids = [encode_chat(tokenizer, [message], bos=bos) for message in messages]
+    else:
+        ids = [tokenizer.encode(text, bos=bos) for text, _ in texts]
+    prompts = [Prompt(text, row, seed) for (text, seed), row in zip(texts, ids, strict=True)]
     for prompt in prompts:
         if not prompt.ids:
             raise UserError("an empty prompt cannot be continued without BOS; give text or --bos")

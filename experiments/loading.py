@@ -54,8 +54,8 @@ class ModelSource:
         return None
 
     def begins_with_bos(self, tokenizer: Tokenizer) -> bool:
-        """Whether text that is given to the model should begin with BOS: as in training, else if there is one."""
-        return tokenizer.bos_id is not None if self.trained_with_bos is None else self.trained_with_bos
+        """Whether text that is given to the model should begin with BOS: as in training, else as the tokenizer's files say."""
+        return tokenizer.add_bos if self.trained_with_bos is None else self.trained_with_bos
 
     def load(self, mesh: Mesh | None = None) -> LoadedModel:
         """Reads the arrays onto `mesh`, by default all devices; UserError for files that do not fit the config."""
@@ -96,7 +96,8 @@ def find_model(checkpoint: str | os.PathLike, *, ema: bool = False, flag: str = 
         experiment.model,
         _run_directory(directory) / TOKENIZER_NAME,
         lambda pure, mesh: _restore(checkpoint, saved.step, pure, mesh, ema=ema),
-        trained_with_bos=experiment.data.bos,
+        # A converted checkpoint was trained elsewhere: its tokenizer's files know better than defaults of ours.
+        trained_with_bos=None if "hf_config" in saved.extra else experiment.data.bos,
     )
 
 

@@ -90,7 +90,7 @@ def create(config: ExperimentConfig, directory: pathlib.Path, data: Data) -> Non
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / TOKENIZER_NAME).exists():
             unfinished = directory / (TOKENIZER_NAME + ".tmp")
-            data.tokenizer.save(unfinished)
+            data.tokenizer.save(unfinished, add_bos=config.data.bos)
             unfinished.rename(directory / TOKENIZER_NAME)
         unfinished = directory / (CONFIG_NAME + ".tmp")
         unfinished.write_text(json.dumps(to_json(config), indent=2) + "\n")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.data.cache import build_once
 from experiments.errors import UserError
+from experiments.tokenizer_files import chat_template, read_config, special_name
 
 if TYPE_CHECKING:
     import tokenizers
@@ -26,13 +27,25 @@ class Tokenizer:
 
     Text is never mistaken for control: a document that spells "<|eos|>" does not get the EOS token, unless
     `special=True` (chat templates write their control tokens as text).
+
+    add_bos: whether its files say that text begins with BOS; `encode` goes by its own argument. chat_template: jinja.
     """
 
-    def __init__(self, raw: tokenizers.Tokenizer, *, bos: str | None, eos: str | None, pad: str | None = None):
+    def __init__(
+        self,
+        raw: tokenizers.Tokenizer,
+        *,
+        bos: str | None,
+        eos: str | None,
+        pad: str | None = None,
+        add_bos: bool = False,
+        chat_template: str | None = None,
+    ):
         raw.no_truncation()
         raw.no_padding()
         self._raw = raw
         self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self.add_bos, self.chat_template = add_bos, chat_template
         self.bos_id, self.eos_id, self.pad_id = (self._id_of(key, name) for key, name in self._names.items())
         self.vocab_size = max(raw.get_vocab(with_added_tokens=True).values()) + 1
         content = json.loads(raw.to_str())
@@ -45,6 +58,15 @@ class Tokenizer:
         if (token_id := self._raw.token_to_id(name)) is None:
             raise UserError(f"tokenizer: {key} {name!r} is not in its vocabulary; correct tokenizer_config.json")
         return token_id
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """How BOS, EOS and padding are spelled, those that there are, by the names that chat templates know them by."""
+        return {key: name for key, name in self._names.items() if name is not None}
+
+    def added_tokens(self) -> dict[str, bool]:
+        """Tokens that are found in text before it is split, and whether each is a control token, which `special` concerns."""
+        return {token.content: token.special for token in self._raw.get_added_tokens_decoder().values()}
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, *, special: bool = False) -> list[int]:
         """Token ids of `text`, with BOS in front and EOS behind where asked; UserError if the tokenizer lacks them."""
@@ -97,23 +119,34 @@ class Tokenizer:
 
         return functools.cache(count)
 
-    def save(self, directory: str | pathlib.Path) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` and Hugging Face both read."""
+    def save(self, directory: str | pathlib.Path, *, add_bos: bool | None = None) -> None:
+        """Writes `tokenizer.json`, `tokenizer_config.json` and, if there is one, `chat_template.jinja`.
+
+        `load_tokenizer` and Hugging Face both read them. add_bos: what to say of BOS instead of what was read.
+        """
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_text(self._raw.to_str(pretty=True), encoding="utf-8")
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, **self._names}
+        add_bos = self.add_bos if add_bos is None else add_bos
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos, **self._names}
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if self.chat_template is not None:
+            (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", newline="")
 
     def __getstate__(self):
-        return self._raw.to_str(), self._names
+        return self._raw.to_str(), self._names, self.add_bos, self.chat_template
 
     def __setstate__(self, state):
         import tokenizers
 
-        raw, names = state
+        raw, names, add_bos, chat_template = state
         self.__init__(
-            tokenizers.Tokenizer.from_str(raw), bos=names["bos_token"], eos=names["eos_token"], pad=names["pad_token"]
+            tokenizers.Tokenizer.from_str(raw),
+            bos=names["bos_token"],
+            eos=names["eos_token"],
+            pad=names["pad_token"],
+            add_bos=add_bos,
+            chat_template=chat_template,
         )
 
 
@@ -153,7 +186,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Reads a directory that `save` wrote, or a Hugging Face checkpoint directory (or its `tokenizer.json`).
 
-    BOS, EOS and padding are what `tokenizer_config.json` names, none where it is silent; arguments win over the file.
+    BOS, EOS and padding are what `tokenizer_config.json` names, none where it is silent; arguments win over the file. Text
+    begins with BOS if the file says so (`add_bos_token`), or says nothing and the post-processor of `tokenizer.json` adds it.
     Raises UserError if `tokenizer.json` is missing or damaged.
     """
     import tokenizers
@@ -166,26 +200,26 @@ def load_tokenizer(
         raw = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust binding raises bare Exception
         raise UserError(f"tokenizer: {path} is not a readable tokenizer.json ({error})") from error
-    names = _special_names(path.with_name("tokenizer_config.json"))
+    config_path = path.with_name("tokenizer_config.json")
+    config = read_config(config_path)
+    bos = bos_token or special_name(config, "bos_token", config_path)
+    add_bos = config.get("add_bos_token")
+    if add_bos is None:
+        add_bos = bos is not None and raw.encode("").tokens[:1] == [bos]
+    elif not isinstance(add_bos, bool):
+        raise UserError(f"tokenizer: {config_path}: add_bos_token={add_bos!r}: true or false is expected")
     return Tokenizer(
-        raw, bos=bos_token or names["bos_token"], eos=eos_token or names["eos_token"], pad=names["pad_token"]
+        raw,
+        bos=bos,
+        eos=eos_token or special_name(config, "eos_token", config_path),
+        pad=special_name(config, "pad_token", config_path),
+        add_bos=add_bos and bos is not None,
+        chat_template=chat_template(config, config_path),
     )
 
 
 def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _special_names(path: pathlib.Path) -> dict[str, str | None]:
-    keys = ("bos_token", "eos_token", "pad_token")
-    if not path.is_file():
-        return dict.fromkeys(keys)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        found = {key: config.get(key) for key in keys}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"tokenizer: {path} is not a JSON object ({error})") from error
-    return {key: value["content"] if isinstance(value, dict) else value for key, value in found.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from experiments.continuation import Continuation
 from experiments.errors import UserError
 from experiments.eval.sample import print_sample
 from experiments.loading import find_model
-from experiments.tokenizer import byte_tokenizer
+from experiments.tokenizer import BOS, EOS, Tokenizer, byte_tokenizer
 from mdl.attention.gqa import GqaConfig
 from mdl.mlp import MlpConfig
 from mdl.precision import PrecisionConfig
@@ -31,6 +31,7 @@ from mdl.transformer import TransformerConfig
 ROOT = pathlib.Path(__file__).parents[2]
 LLAMA = ROOT / "tests" / "golden" / "llama"
 BYTES = byte_tokenizer()
+WITH_BOS = Tokenizer(BYTES._raw, bos=BOS, eos=EOS, add_bos=True)
 CONFIG = ExperimentConfig(
     model=TransformerConfig(
         vocab_size=259,
@@ -105,6 +106,14 @@ def test_a_text_file_is_one_prompt_a_line(run, tmp_path):
     assert run(prompt="two and more") in printed
 
 
+def test_a_prompt_can_be_a_message(run, workdir, tmp_path):
+    plain = run(prompt="User: hi\n\nAssistant:")
+    assert run(prompt="hi", chat=True) == "hi\n" + plain.removeprefix("User: hi\n\nAssistant:")
+    checkpoint = shutil.copytree(workdir, tmp_path / "run")
+    (checkpoint / "tokenizer" / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
+    assert run(checkpoint, prompt="hi", chat=True) == "hi\n" + run(prompt="<hi>").removeprefix("<hi>")
+
+
 def test_averaged_parameters(run, workdir):
     averaged, earlier = run(prompt="x = ", ema=True), run(workdir / "checkpoints" / "step_1", prompt="x = ")
     assert averaged == earlier != run(prompt="x = ")
@@ -118,15 +127,17 @@ def test_tokens_of_a_directory_without_tokenizer(run):
 
 
 def test_bos_is_put_where_training_put_it(run, workdir, tmp_path):
-    def ids(checkpoint, **flags):
+    def ids(checkpoint, tokenizer=BYTES, **flags):
         flags = generate.GenerateFlags(checkpoint=str(checkpoint), prompt="a", **flags)
-        return generate._encode(flags, [("a", 0)], find_model(checkpoint), BYTES)[0].ids
+        return generate._encode(flags, [("a", 0)], find_model(checkpoint), tokenizer)[0].ids
 
     assert ids(workdir) == [*b"a"]
     assert ids(workdir, bos=True) == [BYTES.bos_id, *b"a"]
     directory = shutil.copytree(LLAMA, tmp_path / "llama")
-    assert ids(directory) == [BYTES.bos_id, *b"a"]
-    assert ids(directory, bos=False) == [*b"a"]
+    assert ids(directory, bos=True) == ids(directory, tokenizer=WITH_BOS) == [BYTES.bos_id, *b"a"]
+    assert ids(directory) == ids(directory, tokenizer=WITH_BOS, bos=False) == [*b"a"]
+    chat = ids(directory, tokenizer=WITH_BOS, chat=True)
+    assert chat == [BYTES.bos_id, *b"User: a\n\nAssistant:"]
 
 
 def test_the_process_streams_and_reports_its_speed(workdir):
@@ -267,6 +278,7 @@ BAD_FLAGS = {
     ),
     "no prompts": ({"prompts": "/none.txt"}, "--prompts=/none.txt: cannot be read"),
     "misspelt": ({"promt": "a"}, r"unknown flag --promt \(did you mean --prompt\?\)"),
+    "chat of ids": ({"prompt_ids": "1", "chat": "true"}, "--chat puts text through the chat template"),
     "no checkpoint": ({"checkpoint": "/none", "prompt": "a"}, "--checkpoint=/none: no such directory"),
     "no tokenizer": ({"checkpoint": LLAMA, "prompt": "a"}, "holds no tokenizer.json; give --prompt_ids"),
     "no averages": ({"checkpoint": LLAMA, "prompt_ids": "1", "ema": "true"}, "holds no averaged parameters"),

@@ -18,7 +18,7 @@ from experiments.config import ExperimentConfig
 from experiments.init_from import find_source
 from experiments.loading import find_model
 from experiments.scoring import score
-from experiments.tokenizer import HfTokenizerConfig, Tokenizer
+from experiments.tokenizer import HfTokenizerConfig, Tokenizer, load_tokenizer
 from mdl.hf.safetensors import open_tensors
 from mdl.precision import PrecisionConfig
 from mdl.pure import PureModel
@@ -46,7 +46,7 @@ def bytes_only() -> Tokenizer:
     raw = tokenizers.Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    return Tokenizer(raw, bos=None, eos=None)
+    return Tokenizer(raw, bos=None, eos=None, chat_template="{{ messages[0].content }}\n")
 
 
 def with_tokenizer(variant: str, directory: pathlib.Path) -> pathlib.Path:
@@ -116,6 +116,7 @@ def test_a_run_begins_with_the_numbers_of_the_directory(model, resting):
     for name in averages:
         np.testing.assert_array_equal(arrays[name], arrays[name.replace("/ema/", "/params/")])
     assert meta["config"]["init_from"] == str(model)
+    assert load_tokenizer(resting / "tokenizer").chat_template == "{{ messages[0].content }}\n"
 
 
 def test_the_first_evaluation_is_the_score_of_the_directory(model, resting, home, monkeypatch):

@@ -62,9 +62,7 @@ def ids(tmp_path):
 def with_tokenizer(directory: pathlib.Path, *, bos: bool) -> pathlib.Path:
     """The llama golden with a byte tokenizer; its BOS is no id of the 256 that the model knows."""
     shutil.copytree(LLAMA, directory)
-    byte_tokenizer().save(directory)
-    if not bos:
-        (directory / "tokenizer_config.json").write_text("{}")
+    byte_tokenizer().save(directory, add_bos=bos)
     return directory
 
 

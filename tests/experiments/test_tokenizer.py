@@ -9,10 +9,12 @@ import pytest
 
 from experiments.errors import UserError
 from experiments.tokenizer import (
+    BOS,
     BpeTokenizerConfig,
     ByteTokenizerConfig,
     HfTokenizerConfig,
     StreamDecoder,
+    Tokenizer,
     byte_tokenizer,
     load_tokenizer,
     train_bpe,
@@ -75,11 +77,58 @@ def test_save_and_pickle_keep_everything(tokenizer, tmp_path):
         assert copy.encode(TEXTS[4]) == tokenizer.encode(TEXTS[4])
 
 
+def test_what_stands_beside_the_tokenizer_is_kept_too(tmp_path):
+    saved = Tokenizer(byte_tokenizer()._raw, bos=BOS, eos=None, add_bos=True, chat_template="{{ bos_token }}\r\né ")
+    saved.save(tmp_path)
+    for copy in (load_tokenizer(tmp_path), pickle.loads(pickle.dumps(saved))):
+        assert (copy.add_bos, copy.chat_template) == (True, "{{ bos_token }}\r\né ")
+        assert copy.fingerprint == saved.fingerprint
+    saved.save(tmp_path, add_bos=False)
+    assert load_tokenizer(tmp_path).add_bos is False
+    assert saved.special_names == {"bos_token": BOS}
+    assert saved.added_tokens() == {"<|bos|>": True, "<|eos|>": True, "<|pad|>": True}
+
+
+@pytest.mark.parametrize(
+    ("field", "template"),
+    [
+        ("one", "one"),
+        ([{"name": "tool_use", "template": "two"}, {"name": "default", "template": "one"}], "one"),
+        ([{"name": "rag", "template": "one"}, {"name": "tool_use", "template": "two"}], "one"),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_chat_template_of_tokenizer_config(field, template, tmp_path):
+    byte_tokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": field}))
+    assert load_tokenizer(tmp_path).chat_template == template
+    (tmp_path / "chat_template.jinja").write_text("file")  # wins
+    assert load_tokenizer(tmp_path).chat_template == "file"
+
+
+@pytest.mark.parametrize(
+    ("config", "adds"),
+    [
+        ({"add_bos_token": True, "bos_token": {"content": "<｜begin▁of▁sentence｜>"}}, True),
+        ({"bos_token": "<｜begin▁of▁sentence｜>"}, True),  # the post-processor puts it there
+        ({"add_bos_token": False, "bos_token": "<｜begin▁of▁sentence｜>"}, False),
+        ({"bos_token": "<|pad|>"}, False),  # named, but nothing puts it in front of text
+        ({"add_bos_token": True, "bos_token": None}, False),
+        ({}, False),
+    ],
+)
+def test_whether_text_begins_with_bos(config, adds, tmp_path):
+    save_like_deepseek(tmp_path, config=config)
+    assert load_tokenizer(tmp_path).add_bos is adds
+
+
 def test_fingerprint_sees_the_vocabulary_and_the_special_tokens(tmp_path):
     byte_tokenizer().save(tmp_path)
     other_eos = load_tokenizer(tmp_path, eos_token="<|pad|>")
     prints = {byte_tokenizer().fingerprint, train_bpe(CORPUS, 300).fingerprint, train_bpe(CORPUS, 301).fingerprint}
     assert len(prints | {other_eos.fingerprint}) == 4
+    assert other_eos.vocabulary_sha256 == byte_tokenizer().vocabulary_sha256 != train_bpe(CORPUS, 300).vocabulary_sha256
 
 
 def test_training_gives_the_same_vocabulary_in_another_process():
@@ -178,6 +227,16 @@ def test_sentencepiece_like_tokenizer(text, tmp_path):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+BAD_CONFIGS = {
+    "{": "not a JSON object",
+    '{"bos_token": 1}': "bos_token=1: a text is expected",
+    '{"eos_token": {"text": "</s>"}}': "eos_token={'text': '</s>'}: a text is expected",
+    '{"add_bos_token": "yes"}': "add_bos_token='yes': true or false is expected",
+    '{"chat_template": 1}': "chat_template: a text, or a list of texts with names, is expected",
+    '{"chat_template": [1]}': "chat_template: a text, or a list of texts with names, is expected",
+}
+
+
 def test_bad_tokenizer_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
         load_tokenizer(tmp_path)
@@ -188,6 +247,10 @@ def test_bad_tokenizer_files_are_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(UserError, match="not a JSON object"):
         load_tokenizer(tmp_path)
+    for content, message in BAD_CONFIGS.items():
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<nope>"}')
     with pytest.raises(UserError, match=r"eos_token '<nope>' is not in its vocabulary"):
         load_tokenizer(tmp_path)
