@@ -43,7 +43,9 @@ def check_config(fields: Fields) -> None:
     # How activations would be rounded: ours are not, matrices are multiplied in the compute dtype.
     settings.only("activation_scheme", "dynamic")
     settings.only("scale_fmt", "ue8m0", "float")
-    settings.ignore("modules_to_not_convert")
+    settings.only("expert_dtype", "fp8")
+    for name in ("dequantize", "modules_to_convert", "modules_to_not_convert"):
+        settings.ignore(name)
     settings.refuse_unread()
 
 

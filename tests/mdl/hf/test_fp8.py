@@ -234,7 +234,8 @@ def config_with(**settings):
 def test_quantization_config_as_published():
     assert read_config(GOLDEN)["quantization_config"] == fp8.quantization_config()
     assert config_with() == hf.model_config(read_config(TRUTH))
-    assert config_with(scale_fmt="ue8m0", modules_to_not_convert=["lm_head"], dequantize=False) == config_with()
+    assert config_with(scale_fmt="ue8m0", modules_to_not_convert=["lm_head"]) == config_with()
+    assert config_with(scale_fmt="float", expert_dtype="fp8", dequantize=True) == config_with()
     assert config_with(**fp8.quantization_config(ue8m0=True)) == config_with()
 
 
@@ -249,6 +250,7 @@ def test_quantization_config_as_published():
         ("weight_block_size", 128),
         ("activation_scheme", "static"),
         ("scale_fmt", "e5m10"),
+        ("expert_dtype", "fp4"),
         ("bits", 4),
     ],
 )
