@@ -3,15 +3,16 @@
     python -m experiments.bench step --config=configs/tiny.py      tokens/s, MFU, compile time, peak memory of the train step
     python -m experiments.bench depth --config=configs/tiny.py     compile time of the train step by number of layers
     python -m experiments.bench experts                            expert products as a share of the dense matrix-product rate
+    python -m experiments.bench fp8                                quantize and dequantize as a share of copy bandwidth
 
 Each takes `--repeats`, and `--out=FILE.json` to keep the result with date, commit and versions. Data is random: nothing is read.
 """
 
-from experiments.benches import depth, experts, step
+from experiments.benches import depth, experts, fp8, step
 from experiments.cli import did_you_mean, run_main
 from experiments.errors import UserError
 
-BENCHES = {"step": step.main, "depth": depth.main, "experts": experts.main}
+BENCHES = {"step": step.main, "depth": depth.main, "experts": experts.main, "fp8": fp8.main}
 
 
 def main(argv: list[str]) -> None:
