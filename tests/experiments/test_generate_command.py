@@ -126,6 +126,14 @@ def test_tokens_of_a_directory_without_tokenizer(run):
     assert [int(token) for token in printed.split()] == tokens.tolist()
 
 
+def test_fp8_weights_continue_as_what_they_stand_for(run):
+    fp8 = LLAMA.with_name("deepseek_v3_fp8")
+    with np.load(fp8 / "golden.npz") as golden:
+        prompt = ",".join(map(str, golden["input_ids"][1]))
+    printed = run(fp8, prompt_ids=prompt)
+    assert printed == run(fp8 / "dequantized_bf16", prompt_ids=prompt) and len(printed.split()) == 6
+
+
 def test_bos_is_put_where_training_put_it(run, workdir, tmp_path):
     def ids(checkpoint, tokenizer=BYTES, **flags):
         flags = generate.GenerateFlags(checkpoint=str(checkpoint), prompt="a", **flags)

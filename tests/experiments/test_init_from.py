@@ -16,7 +16,7 @@ from experiments import cli, run
 from experiments.cli import load_config
 from experiments.config import ExperimentConfig
 from experiments.init_from import find_source
-from experiments.loading import find_model
+from experiments.loading import LoadedModel, find_model
 from experiments.scoring import score
 from experiments.tokenizer import HfTokenizerConfig, Tokenizer, load_tokenizer
 from mdl.hf.safetensors import open_tensors
@@ -175,6 +175,21 @@ def test_from_a_step_of_a_run_in_another_dtype(resting):
     assert embedding_VD.dtype == jax.numpy.bfloat16 and embedding_VD.sharding.spec == P("tensor", "fsdp")
     np.testing.assert_array_equal(embedding_VD, checkpoint(resting)[0]["/params/embedding"].astype(jax.numpy.bfloat16))
     assert arrays["buffers"]["stack"]["mlp"]["router"]["bias"].dtype == np.float32
+
+
+def test_from_fp8_weights(tmp_path):
+    """Rounded to bfloat16, as the golden model holds them, and computed in float32 they give its logits."""
+    directory = with_tokenizer("deepseek_v3_fp8", tmp_path / "hf")
+    config = load_config(f"{FINETUNE}:{directory}", ExperimentConfig)
+    assert (config.model.precision.param, config.model.precision.compute) == ("float32", "bfloat16")
+    precision = PrecisionConfig(param="bfloat16", compute="float32")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, precision=precision))
+    source, mesh, pure = find_source(config), MeshConfig(data=2, fsdp=2, expert=2).build(), PureModel(config.model)
+    assert source is not None
+    with np.load(directory / "golden.npz") as golden:
+        loaded = LoadedModel(config.model, mesh, source.load_arrays(pure, mesh), pure, None)
+        logits = score(loaded, golden["input_ids"], 8).logits_BTV
+        np.testing.assert_allclose(logits, golden["logits"], rtol=1e-4, atol=1e-4)
 
 
 # ---- the config

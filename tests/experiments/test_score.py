@@ -32,6 +32,7 @@ from mdl.transformer import TransformerConfig
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 LLAMA = GOLDEN / "llama"
+FP8 = GOLDEN / "deepseek_v3_fp8"
 
 
 @pytest.fixture
@@ -116,6 +117,16 @@ def test_text(run, tmp_path):
     from_file = run(checkpoint, text_file=tmp_path / "text")
     assert from_flag["input_ids"].tolist() == [list(b"def f(x):\n")]
     np.testing.assert_array_equal(from_flag["logits"], from_file["logits"])
+
+
+def test_fp8_weights_score_as_what_they_stand_for(run, ids):
+    golden = np.load(FP8 / "golden.npz")
+    file = ids(golden["input_ids"])
+    logits = run(FP8, input_ids=file)["logits"]
+    np.testing.assert_array_equal(logits, run(FP8 / "dequantized_bf16", input_ids=file)["logits"])
+    # Both compute in bfloat16: no further from the float32 truth than twice the peer's bfloat16.
+    error = np.abs(golden["logits_bf16_compute"] - golden["logits"])
+    assert np.abs(logits - golden["logits"]).mean() < 2 * error.mean()
 
 
 # ---- runs of our own
