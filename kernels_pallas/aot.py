@@ -129,6 +129,27 @@ class Chip:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompileCase:
+    """A call that must compile for every chip of its implementation; a kernel on GPU without spilling."""
+
+    op: str
+    shape: str  # in words
+    implementation: str  # "tpu", "gpu", or one that runs on both
+    fn: Callable
+    args: tuple[Any, ...]  # arrays, ShapeDtypeStructs or trees of them
+    every_time: bool  # in every run of the tests, not only among the slow ones
+    max_registers: int = 255  # per thread
+
+    def __str__(self) -> str:
+        return f"{self.op}, {self.shape}, {self.implementation}"
+
+    @property
+    def chips(self) -> list[Chip]:
+        platform = {"tpu": "tpu", "gpu": "cuda"}.get(self.implementation)
+        return [chip for chip in CHIPS.values() if platform in (None, chip.platform)]
+
+
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -145,11 +166,6 @@ def chip(name: str) -> Chip:
     if name not in CHIPS:
         raise ValueError(f"no chip {name!r}; there are {', '.join(CHIPS)}")
     return CHIPS[name]
-
-
-def chips(platform: str | None = None) -> list[Chip]:
-    """All chips, or those of "tpu" or "cuda"."""
-    return [chip for chip in CHIPS.values() if platform in (None, chip.platform)]
 
 
 def unavailable() -> str | None:

@@ -1,0 +1,13 @@
+"""What must compile for chips that are not here: the tests check it, and `experiments.bench aot` prints the table.
+
+An op joins with a file of its own and one line below.
+"""
+
+from kernels_pallas.aot import CompileCase
+from kernels_pallas.fp8 import compile_cases as fp8
+
+
+def compile_cases() -> list[CompileCase]:
+    return [
+        *fp8.compile_cases(),
+    ]
