@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from experiments.checkpoint_read import find_step, read_config, read_sizes
 from experiments.conversion.arrays import num_bytes, some
+from experiments.conversion.copies import find_copies
 from experiments.conversion.naming import NamedTensor, name_tensors
 from experiments.conversion.recast import Recast
 from experiments.conversion.sources import HfSource, Place, RunSource, Source
@@ -85,12 +87,11 @@ def _from_hugging_face(request: Request, result: pathlib.Path) -> Plan:
         recipes = list(recast.recipes(source, buffers))
         target = HfTarget(result, recipes, written, directory, request.max_shard_bytes)
     else:
-        copies = {t.tensor for t in naming.tensors if t.is_copy}
-        recipes = [r for r in recast.recipes(source, buffers) if not copies.intersection(map(_weight, r.sizes))]
+        copies = find_copies(naming.tensors, source, _warn)
+        left_out = {copy.tensor for copy in copies}
+        recipes = [r for r in recast.recipes(source, buffers) if left_out.isdisjoint(r.sizes)]
         own = [t for t in naming.tensors if not t.is_copy]
-        present = sorted(copies.intersection(source.sizes))
-        by_name = {next(iter(r.sizes)): r for r in recipes}
-        target = RunTarget(result, by_name, own, present, written, directory)
+        target = RunTarget(result, {next(iter(r.sizes)): r for r in recipes}, own, copies, written, directory)
     return _plan(request, to_format, source, recipes, target, hf_source=True)
 
 
@@ -176,8 +177,8 @@ def _holds_fp8(source: Source) -> bool:
     return any(dtype == fp8.DTYPE for dtype, _ in source.sizes.values())
 
 
-def _weight(name: str) -> str:
-    return name.removesuffix(fp8.scale_name(""))
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _config_json(config_json: dict[str, Any], recast: Recast) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from experiments.config import ExperimentConfig
 from experiments.config_tree import to_json
 from experiments.conversion.companions import copy_companions
+from experiments.conversion.copies import Copy
 from experiments.conversion.hf_files import plan_files
 from experiments.conversion.layouts import spell
 from experiments.conversion.naming import NamedTensor
@@ -59,19 +60,18 @@ class RunTarget:
         directory: pathlib.Path,
         recipes: Mapping[str, Recipe],
         tensors: Sequence[NamedTensor],
-        copies: Sequence[str],
+        copies: Sequence[Copy],
         config_json: dict[str, Any],
         companions: pathlib.Path,
     ):
-        """`copies`: tensors of the source that are not in `recipes`, because they hold what others do."""
         self._directory, self._companions = directory, companions
         self._step = directory / CHECKPOINTS_NAME / STEP
         self._arrays = plan_arrays(tensors, recipes)
-        self.units = list(chunks(self._step / "state", self._arrays))
+        self.units: list[Unit] = [*chunks(self._step / "state", self._arrays), *copies]
         self._config = ExperimentConfig(model=hf.model_config(config_json))
         self._extra = {
             "hf_config": config_json,
-            "hf_copies": list(copies),
+            "hf_copies": [copy.tensor for copy in copies],
             "fp8_dims": {array.name: spell(array.layout) for array in self._arrays if array.dtype == fp8.DTYPE},
         }
 

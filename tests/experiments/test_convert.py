@@ -151,6 +151,23 @@ def test_dtypes_change_on_the_way_in(tmp_path):
     assert "quantization_config" not in read_json(back / "config.json")
 
 
+def test_a_copy_that_is_none_is_named(tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(GOLDEN / "deepseek_v3_mtp" / "config.json", source)
+    tensors = dict(open_tensors(GOLDEN / "deepseek_v3_mtp"))
+    tensors["model.layers.2.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["model.layers.2.shared_head.head.weight"] = tensors["lm_head.weight"] + 1
+    write_safetensors(source / "model.safetensors", tensors)
+    ours = convert(source, tmp_path / "ours")
+    assert [line.split(" and ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "warning: model.layers.2.shared_head.head.weight should be a copy of lm_head.weight"
+    ]
+    back = open_tensors(convert(ours, tmp_path / "back"))
+    assert back.keys() == tensors.keys()
+    np.testing.assert_array_equal(back["model.layers.2.shared_head.head.weight"], tensors["lm_head.weight"])
+
+
 # ---- between Hugging Face directories
 
 
@@ -289,7 +306,7 @@ def test_a_trained_run_goes_out_and_comes_in_unchanged(trained, tmp_path):
     want = load_model(trained).arrays
     for directory in (out, convert(out, tmp_path / "ours")):
         loaded = load_model(directory)
-        assert loaded.tokenizer.fingerprint == byte_tokenizer().fingerprint
+        assert loaded.tokenizer and loaded.tokenizer.fingerprint == byte_tokenizer().fingerprint
         assert_same_arrays(loaded.arrays, want)
     averaged = convert(trained / "checkpoints" / "step_7", tmp_path / "averaged", ema=True)
     assert_same_arrays(load_model(averaged).arrays, find_model(trained, ema=True).load().arrays)
@@ -314,7 +331,7 @@ def test_tokenizer_and_templates_travel_both_ways(tmp_path):
             assert (directory / name).read_bytes() == (source / name).read_bytes()
     assert not list(tmp_path.glob("back/*.py"))
     loaded = load_model(ours)
-    assert loaded.tokenizer.fingerprint == byte_tokenizer().fingerprint
+    assert loaded.tokenizer and loaded.tokenizer.fingerprint == byte_tokenizer().fingerprint
 
 
 # ---- what is refused

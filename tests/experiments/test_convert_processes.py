@@ -65,7 +65,7 @@ def kill_and_compare(way, kills, tmp_path, seed):
     want = tmp_path / "want"
     code, stdout, stderr = run_worker(0, 0, source, want, *arguments)
     assert code == 0, stderr
-    changes = int(re.search(r"changes: (\d+)", stdout).group(1))
+    changes = int(re.findall(r"changes: (\d+)", stdout)[0])
     assert changes > 50 or way != "to ours"
     random_at, to, killed, went_on = random.Random(seed), tmp_path / "to", 0, 0
     while killed < kills:
