@@ -46,6 +46,11 @@ def check_directory(config: ExperimentConfig, directory: pathlib.Path) -> None:
         raise UserError(f"--workdir={directory}: is a file; name a directory")
     if not path.exists():
         return
+    if saved_steps(directory / CHECKPOINTS_NAME) and "hf_config" in read_config(directory).extra:
+        raise UserError(
+            f"--workdir={directory}: was made by experiments.convert and is no run; "
+            f"begin one elsewhere with --config.init_from={directory}"
+        )
     try:
         earlier = from_json(ExperimentConfig, json.loads(path.read_text()), str(path))
     except ValueError as error:

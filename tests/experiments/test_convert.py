@@ -31,6 +31,7 @@ from experiments.conversion.recast import is_quantized
 from experiments.convert import main
 from experiments.errors import UserError
 from experiments.loading import find_model, load_model
+from experiments.resume import check_directory
 from experiments.tokenizer import byte_tokenizer
 from mdl.hf.safetensors import open_tensors
 from mdl.pure import PureModel
@@ -393,6 +394,12 @@ def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs 575 kB, the disk has 900 B left"):
         main([f"--from={GOLDEN / 'llama'}", f"--to={tmp_path / 'to'}"])
     assert not list(tmp_path.iterdir())
+
+
+def test_no_run_goes_on_in_a_converted_directory(tmp_path):
+    ours = convert(GOLDEN / "llama", tmp_path / "ours")
+    with pytest.raises(UserError, match=r"begin one elsewhere with --config.init_from="):
+        check_directory(ExperimentConfig(), ours)
 
 
 def test_help_spells_the_flags(capsys):
