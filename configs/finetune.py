@@ -22,7 +22,7 @@ from mdl.sharding import MeshConfig
 def get_config(arg: str | None = None) -> ExperimentConfig:
     if arg is None:
         raise UserError("name the model to begin with: --config=configs/finetune.py:DIR")
-    source = find_model(arg, flag="--config=configs/finetune.py:")
+    source = find_model(arg, flag="DIR")
     model, tokenizer = source.config, source.tokenizer()
     return ExperimentConfig(
         init_from=arg,

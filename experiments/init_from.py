@@ -31,15 +31,15 @@ def find_source(config: ExperimentConfig) -> ModelSource | None:
     if config.init_from is None:
         return None
     source = find_model(config.init_from, flag="--config.init_from")
-    _check_mtp(config, source)
     differences = diff(source.config, config.model)
-    other = [line for line in differences if not line.startswith(_FREE)]
+    other = [line for line in differences if not line.startswith((*_FREE, "mtp:"))]
     if other:
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         raise UserError(
             f"init_from={config.init_from} holds another model ({'; '.join(other[:3])}{more}); set these fields of model to "
             f"its values, or begin with --config=configs/finetune.py:{config.init_from}"
         )
+    _check_mtp(config, source)
     if differences and jax.process_index() == 0:
         print(f"going on with other values than {config.init_from}: {'; '.join(differences)}", file=sys.stderr)
     return source

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small_runs import CONFIG, ROOT, assert_same_run, checkpoint, copy, metrics
 
-from experiments import cli, run
+from experiments import cli, convert, run
 from experiments.cli import load_config
 from experiments.config import ExperimentConfig
 from experiments.init_from import find_source
@@ -136,6 +136,19 @@ def test_the_first_evaluation_is_the_score_of_the_directory(model, resting, home
     assert metrics(resting)[-1]["val/loss"] == pytest.approx(-np.mean(logprobs, dtype=np.float64), rel=1e-5)
 
 
+def test_any_mesh_holds_the_same_numbers(model):
+    config = load_config(f"{FINETUNE}:{model}", ExperimentConfig)
+    source, pure = find_source(config), PureModel(config.model)
+    assert source is not None
+    one = source.load_arrays(pure, MeshConfig(data=1).build(jax.devices()[:1]))
+    for mesh in (MeshConfig(data=1, fsdp=8), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)):
+        split = source.load_arrays(pure, mesh.build())
+        shards = split["params"]["stack"]["mlp"]["experts"]["gate_EDF"].addressable_shards
+        assert len({str(shard.index) for shard in shards}) == 8
+        jax.tree.map(np.testing.assert_array_equal, split, one)
+
+
+@pytest.mark.slow
 def test_one_device_begins_as_eight_do(model, resting, home, tmp_path):
     ended = home.run(
         tmp_path / "one",
@@ -192,6 +205,18 @@ def test_from_fp8_weights(tmp_path):
         np.testing.assert_allclose(logits, golden["logits"], rtol=1e-4, atol=1e-4)
 
 
+def test_from_a_converted_directory_that_kept_its_fp8(tmp_path):
+    directory, converted = with_tokenizer("deepseek_v3_fp8", tmp_path / "hf"), tmp_path / "ours"
+    assert convert.main([f"--from={directory}", f"--to={converted}", "--dtype=keep"]) == 0
+    config = load_config(f"{FINETUNE}:{converted}", ExperimentConfig)
+    assert config.data.tokenizer == HfTokenizerConfig(path=str(converted / "tokenizer"))
+    mesh, pure = MeshConfig(data=1, fsdp=4, expert=2).build(), PureModel(config.model)
+    ours, theirs = (
+        source.load_arrays(pure, mesh) for source in (find_source(config), find_model(directory)) if source is not None
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
 # ---- the config
 
 
@@ -231,7 +256,7 @@ def refuse(home, monkeypatch, capsys, tmp_path):
 
 def test_what_is_no_model(refuse, tmp_path):
     assert "begin with: --config=configs/finetune.py:DIR" in refuse(config=FINETUNE)
-    assert f"{tmp_path}/none: no such directory" in refuse(config=f"{FINETUNE}:{tmp_path}/none")
+    assert f"finetune.py:25: DIR={tmp_path}/none: no such directory" in refuse(config=f"{FINETUNE}:{tmp_path}/none")
     line = refuse(f"--config.init_from={tmp_path}/none", config=CONFIG)
     assert line == f"error: --config.init_from={tmp_path}/none: no such directory"
     assert "no checkpoint here" in refuse(f"--config.init_from={tmp_path}", config=CONFIG)
