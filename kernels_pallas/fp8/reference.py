@@ -15,7 +15,9 @@ def quantize(x_MN: jax.Array, block: tuple[int, int], ue8m0: bool, amax_floor: f
     if ue8m0:
         fraction, exponent = jnp.frexp(scale)  # scale = fraction * 2**exponent, fraction in [1/2, 1)
         scale = jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5))
-    y_MN = jnp.clip(x_MN / scale[..., row_M1, column_N], -448, 448)
+    # A mere broadcast as divisor would become a product with its reciprocal in XLA, and round differently.
+    divisor_MN = jnp.where(finite_MN, scale[..., row_M1, column_N], 1)
+    y_MN = jnp.clip(x_MN / divisor_MN, -448, 448)
     return jnp.where(finite_MN, y_MN, jnp.nan).astype(jnp.float8_e4m3fn), scale
 
 

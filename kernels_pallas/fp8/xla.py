@@ -1,7 +1,7 @@
 """The FP8 formats in plain JAX, blocks as dims of their own.
 
-Devices that cast to FP8 in hardware get the formulas as they stand. XLA:CPU emulates the cast and takes float maxima one by one,
-so there `quantize` makes the same bits with integers, in a quarter of the time.
+Devices that cast FP8 in hardware get the formulas as they stand. XLA:CPU emulates the casts and takes float maxima one by one, so
+there the same bits are made with integers: `quantize` in a quarter of the time, `dequantize` in two thirds.
 """
 
 import functools
@@ -55,7 +55,20 @@ def quantize_with_integers(
 def dequantize(data_MN: jax.Array, scale: jax.Array, block: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
     """float32(data) * scale, rounded once to `dtype`; `data_MN` may have leading dims."""
     scale_MN = _spread(scale.astype(jnp.float32), block, data_MN.shape)
-    return (data_MN.astype(jnp.float32) * scale_MN).astype(dtype)
+    value_MN = jax.lax.platform_dependent(
+        data_MN, cpu=values_with_integers, default=lambda data_MN: data_MN.astype(jnp.float32)
+    )
+    return (value_MN * scale_MN).astype(dtype)
+
+
+def values_with_integers(data: jax.Array) -> jax.Array:
+    """e4m3 values in float32 without a cast: exponent and fraction moved into place, subnormals as whole multiples of 2**-9."""
+    codes = jax.lax.bitcast_convert_type(data, jnp.uint8).astype(jnp.uint32)
+    magnitude = codes & 0x7F
+    normal = (magnitude << 20) + (120 << 23)
+    bits = jnp.where(magnitude < 8, _bits(magnitude.astype(jnp.float32) * jnp.float32(2**-9)), normal)
+    bits = jnp.where(magnitude == 0x7F, 0x7FC00000, bits)
+    return _floats(bits | (codes & 0x80) << 24)
 
 
 def _divide(x: jax.Array, scale: jax.Array, finite: jax.Array) -> jax.Array:
