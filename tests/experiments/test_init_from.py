@@ -119,6 +119,19 @@ def test_a_run_begins_with_the_numbers_of_the_directory(model, resting):
     assert load_tokenizer(resting / "tokenizer").chat_template == "{{ messages[0].content }}\n"
 
 
+def test_and_back_to_hugging_face(model, resting, tmp_path):
+    back = tmp_path / "hf"
+    assert convert.main([f"--from={resting}", f"--to={back}"]) == 0
+    tensors, expected = open_tensors(back), open_tensors(model)
+    assert set(tensors) == set(expected)
+    for name in expected:
+        np.testing.assert_array_equal(tensors[name], expected[name], err_msg=name)
+    assert find_model(back).config.attention == find_model(model).config.attention
+    tokenizer = load_tokenizer(back)
+    assert tokenizer.chat_template == load_tokenizer(model).chat_template
+    assert tokenizer.fingerprint == load_tokenizer(model).fingerprint
+
+
 def test_the_first_evaluation_is_the_score_of_the_directory(model, resting, home, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(home.cache))
     flags = [f"--config={FINETUNE}:{model}", "--workdir=none", *TINY, *corpus_flags(home)]
