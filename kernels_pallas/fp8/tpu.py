@@ -57,10 +57,7 @@ def quantize(
         kernel,
         in_specs=[plan.spec],
         out_specs=(plan.spec, plan.scale_spec),
-        out_shape=(
-            jax.ShapeDtypeStruct(plan.view, jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct(plan.scale_view, jnp.float32),
-        ),
+        out_shape=(plan.result(plan.view, jnp.float8_e4m3fn, x_MN), plan.result(plan.scale_view, jnp.float32, x_MN)),
         name="fp8_quantize",
     )(x_MN.reshape(plan.view))
     return data.reshape(x_MN.shape), scale.reshape(plan.scale_shape)
@@ -85,7 +82,7 @@ def dequantize(
         kernel,
         in_specs=[plan.spec, plan.scale_spec],
         out_specs=plan.spec,
-        out_shape=jax.ShapeDtypeStruct(plan.view, dtype),
+        out_shape=plan.result(plan.view, dtype, data_MN),
         name="fp8_dequantize",
     )(data_MN.reshape(plan.view), scale.astype(jnp.float32).reshape(plan.scale_view))
     return y.reshape(data_MN.shape)
@@ -161,6 +158,10 @@ class _Plan:
         if self.N % self.columns:
             inside &= column < self.N - pl.program_id(2) * self.columns - columns.start
         return inside
+
+    def result(self, shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+        """In shard_map, results vary over the mesh axes that `like` varies over."""
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
     def call(self, kernel: Callable, **arguments: Any) -> Callable:
         return pl.pallas_call(
