@@ -22,6 +22,9 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "deepseek_v3_fp8"
 QUANTIZE = {"activations": fp8.quantize_activations, "weights": fp8.quantize_weights}
 
 
+DEQUANTIZE = jax.jit(fp8.dequantize, static_argnames=("dtype", "implementation"))
+
+
 def codes_of(array) -> np.ndarray:
     return np.asarray(array).view(np.uint8)
 
@@ -93,7 +96,7 @@ def test_every_rounding():
     x = every_value_to_round()
     codes = fp8_cases.nearest_codes(x)
     for form, quantize in FORMS.items():
-        data, scale = quantize(jnp.asarray(x), "activations", False)
+        data, scale = jax.jit(functools.partial(quantize, kind="activations", ue8m0=False))(jnp.asarray(x))
         np.testing.assert_array_equal(scale, 1)
         np.testing.assert_array_equal(codes_of(data), codes, form)
     data, scale = host.quantize(x)
@@ -120,7 +123,7 @@ def test_dequantize_every_code(dtype, scale_dtype):
         if dtype == jnp.float16:
             wanted = wanted.astype(np.float16)
     for implementation in ("reference", "xla"):
-        got = fp8.dequantize(array, dtype, implementation=implementation)
+        got = DEQUANTIZE(array, dtype=dtype, implementation=implementation)
         assert got.dtype == dtype
         same(got, wanted)
     for row, scale in enumerate(scales):  # each row as a weight of its own
@@ -135,15 +138,15 @@ def test_dequantize_takes_the_scale_of_the_block(shape, kind):
     codes = rng.integers(0, 127, shape)
     block = BLOCKS[kind]
     scale = rng.uniform(0.5, 2, (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))).astype(np.float32)
-    wanted = np.zeros(shape, np.float32)
-    for index in np.ndindex(shape):
-        wanted[index] = (
-            fp8_cases.VALUES[codes[index]].astype(np.float32)
-            * scale[(*index[:-2], index[-2] // block[0], index[-1] // block[1])]
-        )
+    wanted = fp8_cases.values_of(codes)
+    for index in np.ndindex(scale.shape):
+        *batch, i, j = index
+        wanted[(*batch, slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))] *= scale[
+            index
+        ]
     for implementation in ("reference", "xla"):
         array = fp8.Fp8Array(array_of(codes), jnp.asarray(scale), block)
-        same(fp8.dequantize(array, jnp.float32, implementation=implementation), wanted)
+        same(DEQUANTIZE(array, dtype=jnp.float32, implementation=implementation), wanted)
 
 
 def test_values_with_integers():
@@ -160,7 +163,7 @@ def test_dequantize_the_golden_checkpoint():
     for name in names:
         data, scale, wanted = stored[name], stored[f"{name}_scale_inv"], truth[name].view(np.uint16)
         array = fp8.Fp8Array(jnp.asarray(data), jnp.asarray(scale), (128, 128))
-        np.testing.assert_array_equal(np.asarray(fp8.dequantize(array)).view(np.uint16), wanted, name)
+        np.testing.assert_array_equal(np.asarray(DEQUANTIZE(array)).view(np.uint16), wanted, name)
         np.testing.assert_array_equal(host.dequantize(data, scale).view(np.uint16), wanted, name)
 
 
@@ -169,15 +172,16 @@ def test_dequantize_the_golden_checkpoint():
 @pytest.mark.parametrize("name", ["partial blocks", "many magnitudes", "a block of zeros", "below the floor"])
 def test_again_gives_the_same(name, dtype, kind):
     """Quantizing what was dequantized gives the same codes, and with scales that are powers of two the same values."""
-    first = QUANTIZE[kind](jnp.asarray(fp8_cases.inputs(name)))
-    again = QUANTIZE[kind](fp8.dequantize(first, dtype))
+    quantize = jax.jit(QUANTIZE[kind], static_argnames="ue8m0")
+    first = quantize(jnp.asarray(fp8_cases.inputs(name)))
+    again = quantize(DEQUANTIZE(first, dtype=dtype))
     np.testing.assert_array_equal(codes_of(again.data), codes_of(first.data))
     # The largest of a block, 448 * scale, was rounded to `dtype`; then divided by 448 again, in float32.
     np.testing.assert_allclose(again.scale, first.scale, rtol=2**-8 if dtype == jnp.bfloat16 else 2**-22)
 
-    first = QUANTIZE[kind](jnp.asarray(fp8_cases.inputs(name)), ue8m0=True)
-    values = fp8.dequantize(first, dtype)
-    same(fp8.dequantize(QUANTIZE[kind](values, ue8m0=True), dtype), values)
+    first = quantize(jnp.asarray(fp8_cases.inputs(name)), ue8m0=True)
+    values = DEQUANTIZE(first, dtype=dtype)
+    same(DEQUANTIZE(quantize(values, ue8m0=True), dtype=dtype), values)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -203,11 +207,11 @@ def test_empty(shape, implementation):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_a_vector_is_a_row(implementation):
     x = jnp.asarray(fp8_cases.inputs("partial blocks"))
-    row = fp8.quantize_activations(x[0], implementation=implementation)
-    rows = fp8.quantize_activations(x, implementation=implementation)
+    quantize = jax.jit(functools.partial(fp8.quantize_activations, implementation=implementation))
+    row, rows = quantize(x[0]), quantize(x)
     assert row.scale.shape == (3,)
     np.testing.assert_array_equal(codes_of(row.data), codes_of(rows.data)[0])
-    same(fp8.dequantize(row, implementation=implementation), fp8.dequantize(rows)[0])
+    same(DEQUANTIZE(row, implementation=implementation), DEQUANTIZE(rows)[0])
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -215,11 +219,11 @@ def test_eager_vmap_and_scan_give_the_same(kind):
     x = jnp.asarray(fp8_cases.inputs("leading dims"))
     wanted = jax.jit(QUANTIZE[kind])(x)
     values = fp8.dequantize(wanted)
-    for quantize in (QUANTIZE[kind], jax.vmap(QUANTIZE[kind]), jax.vmap(jax.vmap(QUANTIZE[kind]))):
+    for quantize in (QUANTIZE[kind], jax.jit(jax.vmap(jax.vmap(QUANTIZE[kind])))):
         got = quantize(x)
         np.testing.assert_array_equal(codes_of(got.data), codes_of(wanted.data))
         np.testing.assert_array_equal(got.scale, wanted.scale)
-    same(jax.vmap(fp8.dequantize)(wanted), values)
+    same(jax.jit(jax.vmap(fp8.dequantize))(wanted), values)
     same(jax.lax.scan(lambda carry, part: (carry, fp8.dequantize(part)), 0, wanted)[1], values)
 
 
