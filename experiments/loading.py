@@ -17,6 +17,7 @@ from experiments.resume import TOKENIZER_NAME, abstract_state
 from experiments.tokenizer import Tokenizer, load_tokenizer
 from mdl import hf
 from mdl.hf import load as hf_load
+from mdl.precision import Float
 from mdl.pure import PureModel, Tree
 from mdl.sharding import MeshConfig
 from mdl.transformer import Transformer, TransformerConfig
@@ -56,6 +57,11 @@ class ModelSource:
     def begins_with_bos(self, tokenizer: Tokenizer) -> bool:
         """Whether text that is given to the model should begin with BOS: as in training, else as the tokenizer's files say."""
         return tokenizer.add_bos if self.trained_with_bos is None else self.trained_with_bos
+
+    def computing_in(self, dtype: Float) -> "ModelSource":
+        """The same parameters, computed with in `dtype`."""
+        precision = dataclasses.replace(self.config.precision, compute=dtype)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, precision=precision))
 
     def load(self, mesh: Mesh | None = None) -> LoadedModel:
         """Reads the arrays onto `mesh`, by default all devices; UserError for files that do not fit the config."""
