@@ -1,7 +1,10 @@
 """The benches run and report what they promise; how fast anything is, no test can say."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from experiments.benches.experts import group_sizes
 from experiments.errors import UserError
 
 SMALL = str(pathlib.Path(__file__).parent / "configs" / "small.py")
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(tmp_path, *argv):
@@ -34,6 +38,40 @@ def test_experts(tmp_path):
     results = run(tmp_path, "experts", "--rows=64", "--hidden_size=8", "--intermediate_size=8", "--experts=4")
     assert [(row["experts"], row["loads"]) for row in results] == [(4, "equal"), (4, "routed"), (4, "skewed")]
     assert all(row["forward_share_of_dense"] > 0 for row in results)
+
+
+def test_fp8(tmp_path):
+    results = run(tmp_path, "fp8", "--max_elements=1200000")
+    ops = [(row["op"], row["implementation"], row.get("threads")) for row in results]
+    assert ops.count(("quantize_activations", "xla", None)) == ops.count(("dequantize_activations", "xla", None)) == 2
+    assert ops[-6:] == [
+        ("quantize_weights", "xla", None),
+        ("dequantize_weights", "xla", None),
+        ("quantize_weights", "host", 1),
+        ("dequantize_weights", "host", 1),
+        ("quantize_weights", "host", 2),
+        ("dequantize_weights", "host", 2),
+    ]
+    for row in results:
+        assert row["us"] > 0 and row["gb_per_second"] > 0 and row["share_of_copy"] > 0
+        if row["implementation"] == "xla":
+            assert row["times_xla"] == 1
+    tokens, width = results[0]["shape"]
+    num_bytes = tokens * width * (2 + 1) + tokens * width // 128 * 4  # bfloat16 in, e4m3 and a scale per tile out
+    assert results[0]["gb_per_second"] == pytest.approx(num_bytes / results[0]["us"] / 1e3)
+
+
+def test_fp8_without_a_shape_is_refused():
+    with pytest.raises(UserError, match="leaves no shape"):
+        bench.main(["fp8", "--max_elements=1000"])
+
+
+def test_benches_load_no_data_pipeline():
+    """They run on machines that have no data and not all packages."""
+    code = "import sys, experiments.bench; print(sorted({'grain', 'tensorflow_datasets', 'tensorflow'} & set(sys.modules)))"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
 
 
 @pytest.mark.parametrize("loads", ["equal", "routed", "skewed"])
