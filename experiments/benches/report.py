@@ -18,9 +18,13 @@ from experiments.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchFlags:
-    repeats: int = 10  # timed repetitions; the median counts
+class ReportFlags:
     out: str | None = None  # file for the result; none: it is printed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchFlags(ReportFlags):
+    repeats: int = 10  # timed repetitions; the median counts
 
     def __post_init__(self):
         if self.repeats < 1:
@@ -51,7 +55,7 @@ def interleaved_seconds(runs: dict[str, Callable[[], Any]], repeats: int, warmup
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def report(name: str, flags: BenchFlags, results: Any) -> None:
+def report(name: str, flags: ReportFlags, results: Any) -> None:
     """Prints the result, or writes it to `--out`."""
     text = json.dumps({"bench": name, **provenance(), "results": results}, indent=2)
     if flags.out is None:
