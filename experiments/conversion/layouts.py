@@ -2,11 +2,10 @@
 
 import math
 
+import jax
 import numpy as np
 
 from mdl.hf.table import Layout
-
-_ROWS = 32  # turned at a time: as many as there are cache lines for; measured best for items of 1, 2 and 4 bytes
 
 
 def spell(layout: Layout) -> str:
@@ -28,30 +27,27 @@ def rows_of_ours(layout: Layout, shape: tuple[int, ...], rows: range) -> tuple[s
     return tuple(cut if dim == layout.theirs[0] else slice(None) for dim in layout.ours)
 
 
-def copy_to_ours(tensor: np.ndarray, layout: Layout, ours: np.ndarray) -> None:
-    """ours[...] = tensor, in our order of dims. `ours` is contiguous."""
-    if _swaps(layout):
-        _turn(tensor, ours.reshape(tensor.shape[::-1]))
-    else:
-        ours[...] = layout.read(tensor, ours.shape)
+def to_ours(tensor: np.ndarray, layout: Layout) -> np.ndarray:
+    """Some rows of a tensor, or all, contiguous in our order of dims. Merged dims stay merged: reshape."""
+    return _turned(tensor) if _swaps(layout) else tensor
 
 
 def to_theirs(ours: np.ndarray, layout: Layout) -> np.ndarray:
     """The tensor, contiguous, that holds a part of ours, contiguous."""
     shape = layout.shape_on_disk(ours.shape)
-    if not _swaps(layout):
-        return np.ascontiguousarray(layout.write(ours))
-    tensor = np.empty(shape, ours.dtype)
-    _turn(ours.reshape(shape[::-1]), tensor)
-    return tensor
+    return _turned(ours.reshape(shape[::-1])) if _swaps(layout) else ours.reshape(shape)
 
 
 def _swaps(layout: Layout) -> bool:
-    """Whether ours is the transposed matrix, its dims split or not. So are all layouts of matrices today."""
-    return len(layout.groups) == 2 and layout.ours == layout.groups[1] + layout.groups[0]
+    """Whether ours is the transposed matrix, its dims split or not; otherwise it lies in memory as the tensor does."""
+    if len(layout.groups) == 2 and layout.ours == layout.groups[1] + layout.groups[0]:
+        return True
+    if layout.ours == layout.theirs:
+        return False
+    raise NotImplementedError(f"{spell(layout)}: only matrices that are transposed or not are converted")
 
 
-def _turn(source_MN: np.ndarray, target_NM: np.ndarray) -> None:
-    """target_NM[...] = source_MN.T, twice as fast as all at once."""
-    for begin in range(0, len(source_MN), _ROWS):
-        target_NM[:, begin : begin + _ROWS] = source_MN[begin : begin + _ROWS].T
+def _turned(matrix: np.ndarray) -> np.ndarray:
+    """A transposed copy. XLA makes it as it takes the view over, in a third of the time that NumPy needs."""
+    words = matrix.view(f"uint{8 * matrix.dtype.itemsize}")
+    return np.asarray(jax.device_put(words.T, jax.local_devices(backend="cpu")[0])).view(matrix.dtype)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from experiments.conversion.arrays import num_bytes, split, sum_of_words
-from experiments.conversion.layouts import copy_to_ours, row_step
+from experiments.conversion.layouts import row_step, to_ours
 from experiments.conversion.naming import NamedTensor
 from experiments.conversion.recast import Recipe
 from experiments.conversion.sources import read_exactly
@@ -142,14 +142,7 @@ class _ChunkJob:
         return range(begin * step, min(begin + array.chunk[slow], array.shape[slow]) * step)
 
     def _run(self) -> int:
-        array, rows = self._chunk.array, self._rows()
-        leading = array.recipes.ndim
-        content = np.zeros(array.chunk, array.dtype) if self._is_at_edge() else np.empty(array.chunk, array.dtype)
-        for index in np.ndindex(array.chunk[:leading]):
-            expert = tuple(i * n + k for i, n, k in zip(self._chunk.at, array.chunk, index, strict=False))
-            if all(i < n for i, n in zip(expert, array.shape, strict=False)):
-                ((_, tensor),) = array.recipes[expert].make(rows).values()
-                self._fill(content[index], tensor)
+        content = self._content()
         self._chunk.file.parent.mkdir(parents=True, exist_ok=True)
         with self._chunk.file.open("wb", buffering=0) as stream:
             left = content.reshape(-1).view(np.uint8).data
@@ -158,22 +151,25 @@ class _ChunkJob:
         self._sum = sum_of_words(content)
         return content.nbytes
 
-    def _is_at_edge(self) -> bool:
-        array = self._chunk.array
-        return any((i + 1) * c > n for i, c, n in zip(self._chunk.at, array.chunk, array.shape, strict=True))
-
-    def _fill(self, content: np.ndarray, tensor: np.ndarray) -> None:
-        layout = self._chunk.array.layout
-        sizes = dict(zip(layout.ours, content.shape, strict=True))
-        length = len(tensor) // row_step(layout, content.shape)
-        if length == sizes[layout.theirs[0]]:
-            copy_to_ours(tensor, layout, content)
-            return
-        sizes[layout.theirs[0]] = length
-        inside = tuple(slice(sizes[dim]) for dim in layout.ours)
-        part = np.empty_like(content[inside], order="C")
-        copy_to_ours(tensor, layout, part)
-        content[inside] = part
+    def _content(self) -> np.ndarray:
+        array, rows = self._chunk.array, self._rows()
+        leading = array.recipes.ndim
+        inner = [
+            len(rows) // row_step(array.layout, array.inner_shape) if d == array.layout.theirs[0] else n
+            for d, n in zip(array.layout.ours, array.inner_shape, strict=True)
+        ]
+        parts = []
+        for index in np.ndindex(array.chunk[:leading]):
+            expert = tuple(i * n + k for i, n, k in zip(self._chunk.at, array.chunk, index, strict=False))
+            if all(i < n for i, n in zip(expert, array.shape, strict=False)):
+                ((_, tensor),) = array.recipes[expert].make(rows).values()
+                parts.append((index, to_ours(tensor, array.layout).reshape(inner)))
+        if len(parts) == 1 and parts[0][1].size == math.prod(array.chunk):
+            return parts[0][1]
+        content = np.zeros(array.chunk, array.dtype)  # chunks at the edge are as long as the others
+        for index, part in parts:
+            content[index][tuple(map(slice, inner))] = part
+        return content
 
     def finish(self) -> dict[str, int]:
         return {self._chunk.array.name: self._sum}
