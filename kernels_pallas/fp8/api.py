@@ -98,6 +98,11 @@ def dequantize(
     return _refuse_gradients("fp8.dequantize", run)(x.data, x.scale)
 
 
+def check_floor(op: str, amax_floor: float) -> None:
+    if not MIN_AMAX_FLOOR <= amax_floor < np.inf:
+        raise ValueError(f"{op}: amax_floor = {amax_floor} must be finite and at least {MIN_AMAX_FLOOR}")
+
+
 def _quantize(
     op: str, x: jax.Array, block: tuple[int, int], ue8m0: bool, amax_floor: float, implementation: Implementation | None
 ) -> Fp8Array:
@@ -105,8 +110,7 @@ def _quantize(
         raise ValueError(f"{op} needs float32, bfloat16 or float16, got {x.dtype}")
     if x.ndim < (1 if block[0] == 1 else 2):
         raise ValueError(f"{op}: an array of {x.ndim} dims has no blocks of {block}")
-    if not MIN_AMAX_FLOOR <= amax_floor < np.inf:
-        raise ValueError(f"{op}: amax_floor = {amax_floor} must be finite and at least {MIN_AMAX_FLOOR}")
+    check_floor(op, amax_floor)
     back_end = select(op, implementation, BACK_ENDS)
 
     def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,8 @@ several threads can work on several tensors.
 import ml_dtypes
 import numpy as np
 
-BLOCK = 128
+from kernels_pallas.fp8.api import BLOCK, check_floor
+
 _PIECE = 1 << 17  # elements per pass
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _VALUES = np.arange(256, dtype=np.uint8).view(_E4M3).astype(np.float32)  # of the 256 codes
@@ -31,17 +32,16 @@ def dequantize(
     _check(data_MN, scale)
     (top, bottom), (left, right) = (_bounds(s, size) for s, size in zip((rows, cols), data_MN.shape, strict=True))
     codes_MN = data_MN.view(np.uint8)[top:bottom, left:right]
-    bits = np.dtype(f"u{np.dtype(dtype).itemsize}")  # NumPy moves integers, but not bfloat16, without the lock
-    out_MN = np.empty(codes_MN.shape, bits)
+    out_MN = np.empty(codes_MN.shape, dtype)
     if not out_MN.size:
-        return out_MN.view(dtype)
+        return out_MN
     first, last = left // BLOCK, -(-right // BLOCK)
     table_N = (np.arange(left, right) // BLOCK - first) * 256  # where a column's block begins in `values`
     height = max(1, _PIECE // len(table_N))
     index_MN = np.empty((min(height, BLOCK), len(table_N)), np.intp)
     for band in range(top // BLOCK, -(-bottom // BLOCK)):
         with np.errstate(over="ignore", invalid="ignore"):
-            values = (_VALUES * scale[band, first:last, None].astype(np.float32)).astype(dtype).view(bits).reshape(-1)
+            values = (_VALUES * scale[band, first:last, None].astype(np.float32)).astype(dtype).reshape(-1)
         start, stop = max(top, band * BLOCK) - top, min(bottom, (band + 1) * BLOCK) - top
         for row in range(start, stop, height):
             piece = slice(row, min(row + height, stop))
@@ -51,16 +51,17 @@ def dequantize(
             np.take(
                 values, index, out=out_MN[piece], mode="clip"
             )  # "raise" would go through a buffer; all are in range
-    return out_MN.view(dtype)
+    return out_MN
 
 
 def quantize(w_MN: np.ndarray, *, ue8m0: bool = False, amax_floor: float = 1e-4) -> tuple[np.ndarray, np.ndarray]:
     """(data, scale) of a float32, bfloat16 or float16 weight in 128x128 blocks, as `fp8.quantize_weights` gives them.
 
-    Holds its result and a few pieces, never the whole weight in float32. Raises ValueError on another dtype or not two dims.
+    Holds its result and a few pieces, never the whole weight in float32. Raises ValueError on what has no meaning here.
     """
     if w_MN.ndim != 2 or w_MN.dtype not in (np.float32, ml_dtypes.bfloat16, np.float16):
         raise ValueError(f"fp8 quantize needs a float32, bfloat16 or float16 matrix, got {w_MN.dtype} {w_MN.shape}")
+    check_floor("fp8 quantize", amax_floor)
     num_rows, num_cols = w_MN.shape
     codes_MN = np.empty(w_MN.shape, np.uint8)
     scale = np.empty((-(-num_rows // BLOCK), -(-num_cols // BLOCK)), np.float32)
@@ -75,7 +76,7 @@ def quantize(w_MN: np.ndarray, *, ue8m0: bool = False, amax_floor: float = 1e-4)
 
 def _quantize_piece(w_MN: np.ndarray, codes_MN: np.ndarray, ue8m0: bool, amax_floor: float) -> np.ndarray:
     """Writes the codes of at most 128 rows, returns the scales of their blocks."""
-    x_MN = _widen(w_MN)
+    x_MN = w_MN.astype(np.float32)
     bits_MN = x_MN.view(np.uint32)
     sign_MN = np.right_shift(bits_MN, 24).astype(np.uint8)
     np.bitwise_and(sign_MN, 0x80, out=sign_MN)
@@ -117,15 +118,6 @@ def _round_to_e4m3(x_MN: np.ndarray, codes_MN: np.ndarray) -> None:
     low = power_MN.astype(np.uint8)
     np.add(codes_MN, low, out=codes_MN)
     np.subtract(codes_MN, ((121 + 20) << 3) % 256, out=codes_MN)
-
-
-def _widen(w_MN: np.ndarray) -> np.ndarray:
-    """A float32 copy."""
-    if w_MN.dtype != ml_dtypes.bfloat16:
-        return w_MN.astype(np.float32)
-    bits_MN = w_MN.view(np.uint16).astype(np.uint32)
-    np.left_shift(bits_MN, 16, out=bits_MN)
-    return bits_MN.view(np.float32)
 
 
 def _bounds(part: slice, size: int) -> tuple[int, int]:

@@ -347,3 +347,5 @@ def test_host_refuses_what_has_no_meaning():
         host.dequantize(data, scale, rows=slice(0, 100, 2))
     with pytest.raises(ValueError, match="float32, bfloat16 or float16 matrix"):
         host.quantize(np.ones((4, 4)))
+    with pytest.raises(ValueError, match="amax_floor"):
+        host.quantize(np.ones((4, 4), np.float32), amax_floor=0.0)
