@@ -69,8 +69,11 @@ class Linear(nnx.Module):
         self.weight = init.normal((*in_dims, *out_dims), axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # The cast comes before the gather over the row axes, so that less is moved.
-        w = sharding.reshard(
+        w = self.gathered_weight()
+        return matmul(x.astype(self.precision.compute_dtype), w, self.precision, num_contracted=self.num_contracted)
+
+    def gathered_weight(self) -> jax.Array:
+        """The weight in the compute dtype, whole along the row axes; the cast comes before the gather, so that less is moved."""
+        return sharding.reshard(
             self.weight[...].astype(self.precision.compute_dtype), sharding.gathered(*self.weight.axes)
         )
-        return matmul(x.astype(self.precision.compute_dtype), w, self.precision, num_contracted=self.num_contracted)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.mla_decode import LatentCache, mla_decode
 from mdl import sharding
 from mdl.attention.cache import Cache, write
 from mdl.attention.core import Context, attend
@@ -19,7 +20,8 @@ LATENT_NORM_EPS = 1e-6  # the published code fixes it, whatever rms_norm_eps say
 class Mla(nnx.Module):
     """x_BTD -> o_BTD through a latent of C numbers per token and one rotary key of R numbers shared by all heads.
 
-    The cache holds the normed latent and the rotated shared key: C + R numbers per token.
+    The cache holds the normed latent and the rotated shared key: C + R numbers per token. Few queries attend to it as it is, with
+    `kv_b_proj` folded into query and output; many (a prompt) to the keys and values expanded from it.
     """
 
     def __init__(self, config: "MlaConfig", hidden_size: int, *, init: Init):
@@ -47,9 +49,48 @@ class Mla(nnx.Module):
         q_BTNK, entries = self.queries(self.query_latent(x_BTD), context), self.entries(x_BTD, context)
         if cache is not None:
             entries = cache = write(cache, entries, context.positions_BT)
+            if self.config.absorbs(x_BTD.shape[1], cache["latent"].shape[1]):
+                return self.o_proj(self.attend_absorbed(q_BTNK, cache, context)), cache
+        return self.o_proj(self.attend_expanded(q_BTNK, entries, context)), cache
+
+    def attend_expanded(self, q_BTNK: jax.Array, entries: Cache, context: Context) -> jax.Array:
+        """o_BTNU with the keys and values of every head."""
         k_BSNK, v_BSNU = self.keys_and_values(entries)
-        o_BTNU = attend(q_BTNK, k_BSNK, v_BSNU, scale=self.config.softmax_scale, context=context)
-        return self.o_proj(o_BTNU), cache
+        return attend(q_BTNK, k_BSNK, v_BSNU, scale=self.config.softmax_scale, context=context)
+
+    def attend_absorbed(self, q_BTNK: jax.Array, cache: Cache, context: Context) -> jax.Array:
+        """The same o_BTNU on the latents: q · (k_up c) = (q k_up) · c, and the sum of p (v_up c) is v_up of the sum of p c.
+
+        Queries stand at consecutive positions, the last ones of their row that the cache holds (V2 report, section 2.1.2).
+        """
+        precision = self.kv_b_proj.precision
+        w_CNX = self.kv_b_proj.gathered_weight()
+        k_up_CNH, v_up_CNU = jnp.split(w_CNX, [self.config.qk_nope_head_dim], axis=-1)
+        q_BTNH, q_BTNR = jnp.split(q_BTNK, [self.config.qk_nope_head_dim], axis=-1)
+
+        def local(q_btnH, q_btnR, latent_bSC, rope_bSR, positions_bt, k_up_CnH, v_up_CnU):
+            q_btnC = jnp.einsum(
+                "btnH,CnH->btnC", q_btnH, k_up_CnH, preferred_element_type=precision.accumulation_dtype
+            ).astype(q_btnH.dtype)
+            o_btnC, _ = mla_decode(
+                q_btnC,
+                q_btnR,
+                LatentCache(latent_bSC, rope_bSR),
+                positions_bt[:, -1] + 1,
+                scale=self.config.softmax_scale,
+            )
+            return jnp.einsum(
+                "btnC,CnU->btnU", o_btnC, v_up_CnU, preferred_element_type=precision.accumulation_dtype
+            ).astype(q_btnH.dtype)
+
+        heads, rows = sharding.spec("batch", None, "heads", None), sharding.spec("batch", None, None)
+        weights = sharding.gathered(*self.kv_b_proj.weight.axes)
+        run = sharding.local(
+            local,
+            in_specs=(heads, heads, rows, rows, sharding.spec("batch", None), weights, weights),
+            out_specs=heads,
+        )
+        return run(q_BTNH, q_BTNR, cache["latent"], cache["rotary_key"], context.positions_BT, k_up_CNH, v_up_CNU)
 
     # --- pieces, which DSA uses too ------------------------------------------------------------------------------------------
 
@@ -119,6 +160,17 @@ class MlaConfig:
     def cache_width(self) -> int:
         """Numbers per token of one layer's cache."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def absorbs(self, num_queries: int, num_slots: int) -> bool:
+        """Whether queries attend to the latents of a cache as they are, because that takes fewer multiply-adds than expanding.
+
+        Per head, absorbed: 2 C + R a pair, and C (H + U) a query to fold in the projections. Expanded: K + U a pair, and
+        C (H + U) a slot. Few queries (about 170 with V3's widths and a long cache) absorb; a prompt that fills its cache expands.
+        """
+        C, pairs = self.kv_lora_rank, num_queries * num_slots
+        H, R, U = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+        absorbed = pairs * (2 * C + R) + num_queries * C * (H + U)
+        return absorbed < pairs * (H + R + U) + num_slots * C * (H + U)
 
     @property
     def flops_per_pair(self) -> int:
