@@ -3,12 +3,14 @@
 from kernels_pallas import fp8
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.flash_attention.api import flash_attention
+from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.grouped_gemm.api import grouped_gemm
 from kernels_pallas.linear_cross_entropy.api import CrossEntropyAux, linear_cross_entropy
 from kernels_pallas.select import Unsupported
 
 __all__ = [
     "CrossEntropyAux",
+    "Mask",
     "Unsupported",
     "expert_mlp",
     "flash_attention",

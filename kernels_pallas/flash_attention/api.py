@@ -1,14 +1,54 @@
 """The public attention op."""
 
 import functools
-from collections.abc import Callable
-from typing import Literal
+import math
+from types import ModuleType
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.flash_attention import reference, xla
+from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.select import select
+
+SAVED_NAMES = ("attention_out", "attention_lse")  # with these kept, no remat policy makes the forward pass run twice
+
+Implementation = Literal["xla", "reference"]
+# A back end is a module with `forward` and `backward` as xla.py has them, which raise Unsupported to decline a call; the first is
+# the default. The reference is differentiated by JAX itself.
+BACK_ENDS: dict[str, ModuleType] = {"xla": xla, "reference": reference}
+
+
+@overload
+def flash_attention(
+    q_BTNK: jax.Array,
+    k_BSZK: jax.Array,
+    v_BSZU: jax.Array,
+    *,
+    scale: float,
+    mask: Mask,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    implementation: Implementation | None = None,
+    return_lse: Literal[False] = False,
+) -> jax.Array: ...
+
+
+@overload
+def flash_attention(
+    q_BTNK: jax.Array,
+    k_BSZK: jax.Array,
+    v_BSZU: jax.Array,
+    *,
+    scale: float,
+    mask: Mask,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    implementation: Implementation | None = None,
+    return_lse: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 def flash_attention(
@@ -17,97 +57,97 @@ def flash_attention(
     v_BSZU: jax.Array,
     *,
     scale: float,
-    causal: bool = True,
-    q_segment_ids_BT: jax.Array | None = None,
-    kv_segment_ids_BS: jax.Array | None = None,
-    q_positions_BT: jax.Array | None = None,
-    kv_positions_BS: jax.Array | None = None,
-    mask_BTS: jax.Array | None = None,
-    implementation: Literal["reference", "xla"] | None = None,
-) -> jax.Array:
-    """softmax(scale · q kᵀ + mask) v with grouped heads (Z divides N); returns [B, T, N, U] in q's dtype.
+    mask: Mask,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    implementation: Implementation | None = None,
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Softmax attention with grouped heads: head n reads key-value head n // (N / Z). Returns out [B, T, N, U] in q's dtype.
 
-    A query sees the keys of its own segment (0 = padding, sees nothing and is seen by nothing) and, when causal, those at a
-    position no later than its own. Without positions the index counts as the position, which for packed rows is the same
-    within a segment, and the keys after a query's block are never read. Where mask_BTS, bool, is False it does not see the
-    key either. A query that sees nothing gives zeros. Float32 softmax and accumulation. Differentiable in q, k and v.
+    s = scale * q kᵀ, then softcap * tanh(s / softcap) if given; p = exp(s - lse) over the keys that `mask` shows; out = p v.
+    lse = log(sum(exp(s)) + exp(sink)), where `sinks` [N] are logits, neither scaled nor capped, of a key of value 0 that every
+    query of a head sees (gpt-oss). A query that sees nothing gives zeros, and lse = -inf unless there is a sink.
 
-    Raises ValueError on shapes that do not fit, and Unsupported on an implementation that is not there.
+    float32 softmax and accumulation (float64 for float64). Differentiable, once, in q, k, v and sinks, through both results.
+    return_lse: also lse [B, T, N] in the dtype of accumulation. The two carry the names SAVED_NAMES for remat policies.
+
+    Raises ValueError on what does not fit together, and Unsupported on an implementation that cannot do the call.
     """
+    _check(q_BTNK, k_BSZK, v_BSZU, mask, scale, softcap, sinks)
+    back_end = select("flash_attention", implementation, BACK_ENDS)
+    # Inside shard_map all arguments vary over the same axes: a gradient then has its argument's type.
+    args = _vary_alike((q_BTNK, k_BSZK, v_BSZU, sinks, mask))
+    if back_end is reference:
+        out_BTNU, lse_BTN = reference.flash_attention(*args, scale=scale, softcap=softcap)
+        out_BTNU = out_BTNU.astype(q_BTNK.dtype)
+    else:
+        out_BTNU, lse_BTN = _attend(*args, back_end, scale, softcap)  # pyright: ignore[reportGeneralTypeIssues]
+    return (out_BTNU, lse_BTN) if return_lse else out_BTNU
+
+
+def _check(q_BTNK, k_BSZK, v_BSZU, mask: Mask, scale, softcap, sinks) -> None:
+    shapes = f"q {list(q_BTNK.shape)}, k {list(k_BSZK.shape)}, v {list(v_BSZU.shape)}"
+    wanted = "(need [B, T, N, K], [B, S, Z, K], [B, S, Z, U])"
+    if not q_BTNK.ndim == k_BSZK.ndim == v_BSZU.ndim == 4:
+        raise ValueError(f"flash_attention: wrong ranks: {shapes} {wanted}")
     batch, num_queries, heads, width = q_BTNK.shape
     num_keys, kv_heads = k_BSZK.shape[1:3]
     if k_BSZK.shape != (batch, num_keys, kv_heads, width) or v_BSZU.shape[:3] != (batch, num_keys, kv_heads):
-        raise ValueError(
-            f"flash_attention: shapes do not fit: q {q_BTNK.shape}, k {k_BSZK.shape}, v {v_BSZU.shape} "
-            "(need [B, T, N, K], [B, S, Z, K], [B, S, Z, U])"
-        )
+        raise ValueError(f"flash_attention: shapes do not fit: {shapes} {wanted}")
+    if 0 in q_BTNK.shape + k_BSZK.shape + v_BSZU.shape:
+        raise ValueError(f"flash_attention: an empty dim: {shapes}")
     if heads % kv_heads:
         raise ValueError(f"flash_attention: {heads} query heads are not a multiple of {kv_heads} key heads")
-    if (q_segment_ids_BT is None) != (kv_segment_ids_BS is None):
-        raise ValueError("flash_attention: give segment ids of both queries and keys, or of neither")
-    if (q_positions_BT is None) != (kv_positions_BS is None):
-        raise ValueError("flash_attention: give positions of both queries and keys, or of neither")
-    if causal and q_positions_BT is None and num_queries != num_keys:
+    if not (q_BTNK.dtype == k_BSZK.dtype == v_BSZU.dtype and jnp.issubdtype(q_BTNK.dtype, jnp.floating)):
         raise ValueError(
-            f"flash_attention: causal with {num_queries} queries and {num_keys} keys needs q_positions and kv_positions"
+            f"flash_attention needs one floating dtype: q {q_BTNK.dtype}, k {k_BSZK.dtype}, v {v_BSZU.dtype}"
         )
-    for name, ids, length in (
-        ("q_segment_ids", q_segment_ids_BT, num_queries),
-        ("kv_segment_ids", kv_segment_ids_BS, num_keys),
-        ("q_positions", q_positions_BT, num_queries),
-        ("kv_positions", kv_positions_BS, num_keys),
-    ):
-        if ids is not None and ids.shape != (batch, length):
-            raise ValueError(f"flash_attention: {name} must be [{batch}, {length}], got {ids.shape}")
-    if mask_BTS is not None and (mask_BTS.shape != (batch, num_queries, num_keys) or mask_BTS.dtype != bool):
-        raise ValueError(
-            f"flash_attention: mask must be bool [{batch}, {num_queries}, {num_keys}], got {mask_BTS.dtype} {mask_BTS.shape}"
-        )
-    table: dict[str, Callable] = {"xla": _xla, "reference": _run_reference}
-    run = select("flash_attention", implementation, table)
-    masks = xla.Masks(
-        causal=causal,
-        q_segment_ids_BT=q_segment_ids_BT,
-        kv_segment_ids_BS=kv_segment_ids_BS,
-        q_positions_BT=q_positions_BT if causal else None,
-        kv_positions_BS=kv_positions_BS if causal else None,
-        mask_BTS=mask_BTS,
+    if not math.isfinite(scale):
+        raise ValueError(f"flash_attention: scale={scale} is not finite")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"flash_attention: softcap={softcap} must be positive and finite; None caps nothing")
+    if sinks is not None and (sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
+        raise ValueError(f"flash_attention: sinks must be floats [{heads}], got {sinks.dtype} {list(sinks.shape)}")
+    mask.check(batch, num_queries, num_keys)
+
+
+def _vary_alike(args):
+    varying = [jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(args)]
+    axes = frozenset().union(*varying)
+
+    def cast(leaf: jax.Array) -> jax.Array:
+        missing = tuple(axes - jax.typeof(leaf).manual_axis_type.varying)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q_BTNK, k_BSZK, v_BSZU, sinks_N, mask, back_end, scale, softcap) -> tuple[jax.Array, jax.Array]:
+    return back_end.forward(q_BTNK, k_BSZK, v_BSZU, sinks_N, mask, scale=scale, softcap=softcap)
+
+
+def _attend_fwd(q_BTNK, k_BSZK, v_BSZU, sinks_N, mask, back_end, scale, softcap):
+    out_BTNU, lse_BTN = back_end.forward(q_BTNK, k_BSZK, v_BSZU, sinks_N, mask, scale=scale, softcap=softcap)
+    out_BTNU, lse_BTN = map(checkpoint_name, (out_BTNU, lse_BTN), SAVED_NAMES)
+    return (out_BTNU, lse_BTN), (q_BTNK, k_BSZK, v_BSZU, sinks_N, mask, out_BTNU, lse_BTN)
+
+
+def _attend_bwd(back_end, scale, softcap, residuals, cotangents):
+    q_BTNK, k_BSZK, v_BSZU, sinks_N, mask, out_BTNU, lse_BTN = residuals
+    dout_BTNU, dlse_BTN = cotangents
+    # ds = p (dp - rowsum(p dp) + dlse), and rowsum(p dp) = rowsum(out dout); where lse is -inf there is nothing to pass on.
+    delta_BTN = jnp.sum(out_BTNU.astype(lse_BTN.dtype) * dout_BTNU, axis=-1)
+    delta_BTN -= jnp.where(lse_BTN == -jnp.inf, 0, dlse_BTN)
+    dq_BTNK, dk_BSZK, dv_BSZU = back_end.backward(
+        q_BTNK, k_BSZK, v_BSZU, mask, lse_BTN, dout_BTNU, delta_BTN, scale=scale, softcap=softcap
     )
-    return run(q_BTNK, k_BSZK, v_BSZU, masks, scale).astype(q_BTNK.dtype)
+    dsinks_N = None
+    if sinks_N is not None:  # each is the logit of a key with dp = 0
+        p_BTN = jnp.where(lse_BTN == -jnp.inf, 0, jnp.exp(sinks_N.astype(lse_BTN.dtype) - lse_BTN))
+        dsinks_N = -jnp.sum(p_BTN * delta_BTN, axis=(0, 1)).astype(sinks_N.dtype)
+    return dq_BTNK, dk_BSZK, dv_BSZU, dsinks_N, None
 
 
-def _run_reference(q_BTNK, k_BSZK, v_BSZU, masks: xla.Masks, scale):
-    def or_else(ids, default_1X, like):
-        return jnp.broadcast_to(default_1X, like.shape[:2]) if ids is None else ids
-
-    index_1T, index_1S = jnp.arange(q_BTNK.shape[1])[None], jnp.arange(k_BSZK.shape[1])[None]
-    return reference.flash_attention(
-        q_BTNK,
-        k_BSZK,
-        v_BSZU,
-        scale=scale,
-        causal=masks.causal,
-        q_segment_ids_BT=or_else(masks.q_segment_ids_BT, jnp.ones_like(index_1T), q_BTNK),
-        kv_segment_ids_BS=or_else(masks.kv_segment_ids_BS, jnp.ones_like(index_1S), k_BSZK),
-        q_positions_BT=or_else(masks.q_positions_BT, index_1T, q_BTNK),
-        kv_positions_BS=or_else(masks.kv_positions_BS, index_1S, k_BSZK),
-        mask_BTS=masks.mask_BTS,
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _xla(q_BTNK, k_BSZK, v_BSZU, masks: xla.Masks, scale):
-    return xla.forward(q_BTNK, k_BSZK, v_BSZU, masks, scale)[0]
-
-
-def _xla_fwd(q_BTNK, k_BSZK, v_BSZU, masks, scale):
-    out_BTNU, lse_BZGT = xla.forward(q_BTNK, k_BSZK, v_BSZU, masks, scale)
-    return out_BTNU, (q_BTNK, k_BSZK, v_BSZU, masks, out_BTNU, lse_BZGT)
-
-
-def _xla_bwd(scale, residuals, dout_BTNU):
-    q_BTNK, k_BSZK, v_BSZU, masks, out_BTNU, lse_BZGT = residuals
-    return *xla.backward(q_BTNK, k_BSZK, v_BSZU, masks, scale, out_BTNU, lse_BZGT, dout_BTNU), None
-
-
-_xla.defvjp(_xla_fwd, _xla_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import flash_attention
+from kernels_pallas import Mask, flash_attention
 from mdl import sharding
 
 
@@ -52,15 +52,16 @@ def attend(
 
         def cached(q_btnK, k_bSzK, v_bSzU, positions_bt, selected_btS):
             slots_bS = jnp.broadcast_to(jnp.arange(k_bSzK.shape[1], dtype=jnp.int32), k_bSzK.shape[:2])
-            positions = {"q_positions_BT": positions_bt, "kv_positions_BS": slots_bS}
-            return flash_attention(q_btnK, k_bSzK, v_bSzU, scale=scale, mask_BTS=selected_btS, **positions)
+            mask = Mask(causal=True, q_positions_BT=positions_bt, kv_positions_BS=slots_bS, selected_BTS=selected_btS)
+            return flash_attention(q_btnK, k_bSzK, v_bSzU, scale=scale, mask=mask)
 
         run = sharding.local(cached, in_specs=in_specs, out_specs=heads)
         return run(q_BTNK, k_BSZK, v_BSZU, context.positions_BT, selected_BTS)
 
     def packed(q_btnK, k_btzK, v_btzU, segment_ids_bt, selected_btt):
         segments = {"q_segment_ids_BT": segment_ids_bt, "kv_segment_ids_BS": segment_ids_bt}
-        return flash_attention(q_btnK, k_btzK, v_btzU, scale=scale, mask_BTS=selected_btt, **segments)
+        mask = Mask(causal=True, selected_BTS=selected_btt, **segments)
+        return flash_attention(q_btnK, k_btzK, v_btzU, scale=scale, mask=mask)
 
     run = sharding.local(packed, in_specs=in_specs, out_specs=heads)
     return run(q_BTNK, k_BSZK, v_BSZU, context.segment_ids_BT, selected_BTS)
