@@ -8,9 +8,9 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
+from experiments.conversion import blocks
 from experiments.conversion.arrays import Size, num_bytes
 from experiments.conversion.sources import Source
-from kernels_pallas.fp8 import host
 from mdl.hf import fp8
 
 Rows = dict[str, tuple[int, np.ndarray]]  # by name of the tensor: first row, and rows from there
@@ -68,13 +68,13 @@ class Dequantize(Cast):
 
     @property
     def row_step(self) -> int:
-        return math.lcm(host.BLOCK, self.source.row_step(self.name))
+        return math.lcm(fp8.BLOCK, self.source.row_step(self.name))
 
     def make(self, rows: range) -> Rows:
         data, scale = self.source.read(self.name, rows), self.source.read(fp8.scale_name(self.name), _blocks(rows))
         if scale.dtype == ml_dtypes.bfloat16:
             scale = scale.astype(np.float32)
-        return {self.name: (rows.start, host.dequantize(data, scale, self.dtype))}
+        return {self.name: (rows.start, blocks.dequantize(data, scale, self.dtype))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Quantize:
 
     @property
     def row_step(self) -> int:
-        return math.lcm(host.BLOCK, self.source.row_step(self.name))
+        return math.lcm(fp8.BLOCK, self.source.row_step(self.name))
 
     @property
     def row_bytes(self) -> int:
@@ -101,13 +101,13 @@ class Quantize:
         return num_bytes((dtype, shape[1:])) + 2 * num_bytes((fp8.DTYPE, shape[1:]))
 
     def make(self, rows: range) -> Rows:
-        data, scale = host.quantize(self.source.read(self.name, rows), ue8m0=self.ue8m0)
+        data, scale = blocks.quantize(self.source.read(self.name, rows), ue8m0=self.ue8m0)
         return {self.name: (rows.start, data), fp8.scale_name(self.name): (_blocks(rows).start, scale)}
 
 
 def _blocks(rows: range) -> range:
     """Rows of scales; `rows` begins with a block and ends with one, or with the matrix."""
-    return range(rows.start // host.BLOCK, -(-rows.stop // host.BLOCK))
+    return range(rows.start // fp8.BLOCK, -(-rows.stop // fp8.BLOCK))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

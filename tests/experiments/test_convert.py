@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from convert_files import (
+    BF16,
     FP8,
     GOLDEN,
     as_bf16,
@@ -27,6 +28,7 @@ from experiments import score
 from experiments.checkpoint import CheckpointConfig
 from experiments.config import ExperimentConfig
 from experiments.config_tree import to_json
+from experiments.conversion import blocks
 from experiments.conversion.recast import is_quantized
 from experiments.convert import main
 from experiments.errors import UserError
@@ -215,6 +217,25 @@ def quantized(w, ue8m0=False):
         scale[m // 128, n // 128] = s
         data[m : m + 128, n : n + 128] = np.clip(block / s, -448, 448).astype(data.dtype)
     return data, scale
+
+
+def test_large_weights_go_through_xla_to_the_same_bits(monkeypatch):
+    rng = np.random.default_rng(5)
+    data = rng.integers(0, 256, (200, 300), np.uint8).view(ml_dtypes.float8_e4m3fn)
+    scale = rng.uniform(1e-9, 1e9, (2, 3)).astype(np.float32)
+    w = (rng.normal(size=(200, 300)) * rng.choice([1e-6, 1, 1e6], (200, 1))).astype(BF16)
+
+    def results():
+        for scales in (scale, scale * 0, scale * 1e-44, scale * np.nan):
+            for dtype in (BF16, np.dtype(np.float32)):
+                x = blocks.dequantize(data, scales, dtype)
+                yield x.dtype, np.where(np.isnan(x), 1, x).tobytes()
+        for ue8m0 in (False, True):
+            yield [x.tobytes() for x in blocks.quantize(w, ue8m0=ue8m0)]
+
+    by_numpy = list(results())
+    monkeypatch.setattr(blocks, "_COMPILED", 0)
+    assert list(results()) == by_numpy
 
 
 def test_which_tensors_become_fp8():
