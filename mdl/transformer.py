@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.flash_attention.api import SAVED_NAMES
 from mdl import sharding
 from mdl.attention.cache import Cache
 from mdl.attention.core import Context
@@ -21,9 +22,13 @@ from mdl.norm import RmsNorm
 from mdl.precision import PrecisionConfig
 from mdl.rope import rotary_tables
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full"]
+_KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _KEEP_ATTENTION
+    ),
+    "attention": _KEEP_ATTENTION,
     "full": None,  # jax.checkpoint's own default: keep a layer's input only
 }
 
@@ -186,7 +191,9 @@ class TransformerConfig:
     tie_word_embeddings: bool = False  # the head is the transposed embedding
     precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)  # dtypes
     scan_layers: bool = True  # one compiled layer for the whole stack; off: unrolled, same numbers to rounding
-    remat: Remat = "none"  # recompute in the backward pass: nothing | all but matrix products | everything
+    remat: Remat = (
+        "none"  # recompute backward: nothing | all but matrix products and attention | all but attention | all
+    )
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):

@@ -133,6 +133,7 @@ def test_every_auxiliary_loss_reaches_every_layer_under_scan():
 ARRANGEMENTS = {
     "scanned_full": {"remat": "full"},
     "unrolled_dots": {"scan_layers": False, "remat": "dots"},
+    "scanned_attention": {"remat": "attention"},
     "unrolled": {"scan_layers": False},
 }
 
@@ -143,13 +144,13 @@ def test_scan_and_remat_change_nothing(name):
 
 
 def test_remat_recomputes():
-    """Products in the traced gradient: none are repeated, those with a batch dim are, all are."""
+    """Products in the traced gradient: none are repeated, those of experts are, all but attention's are, all are."""
     tree, products = parameters(ONE_MODULE), {}
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "attention", "full"):
         run = gradient_of(dataclasses.replace(ONE_MODULE, remat=remat))
         trace = run.trace(tree["params"], tree["buffers"], BATCH, 0.5, 0.7).jaxpr
         products[remat] = str(trace).count("dot_general")
-    assert products["none"] < products["dots"] < products["full"]
+    assert products["none"] < products["dots"] < products["attention"] < products["full"]
 
 
 MESHES = {
