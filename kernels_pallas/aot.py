@@ -66,6 +66,7 @@ class Report:
     registers: int | None = None  # GPU: per thread, of the Mosaic kernel that takes most
     spill_bytes: int | None = None  # GPU: stored and loaded, of the Mosaic kernel that spills most
     shared_memory_bytes: int | None = None  # GPU: static and dynamic, of the Mosaic kernel that takes most
+    warnings: tuple[str, ...] = ()  # GPU: ptxas' own words, of wgmma that it had to serialize for example
 
     @property
     def compiled(self) -> bool:
@@ -268,22 +269,24 @@ def _vmem_bytes(text: str) -> int | None:
 
 # The stream, three sizes each of grid, cluster and block, and then the dynamic shared memory.
 LAUNCH = r"@mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(ptr [^,]+,(?: i32 [^,]+,){9} i32 (\d+)"
+WARNINGS = ("ptxas warning", "Potential Performance Loss")
 # Mosaic GPU compiles a kernel once per process: what was said then is kept under the kernel's hash.
-_KERNELS: dict[str, dict[str, int]] = {}
+_KERNELS: dict[str, dict[str, Any]] = {}
 
 
 def _gpu_kernels(text: str, said: str) -> dict[str, Any]:
     """The largest figures of the Mosaic GPU kernels in compiled HLO, from what ptxas and Mosaic said; {} if there are none."""
     hashes = set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text))
-    new = {
+    found = {
         "registers": re.findall(r"Used (\d+) registers", said),
         "spill_bytes": re.findall(r"(\d+) bytes spill (?:stores|loads)", said),
         "static": re.findall(r"(\d+) bytes smem", said) or ["0"],
         "dynamic": re.findall(LAUNCH, said),
     }
-    if all(new.values()):
-        largest = {name: max(map(int, figures)) for name, figures in new.items()}
-        largest["shared_memory_bytes"] = largest.pop("static") + largest.pop("dynamic")
-        _KERNELS.update(dict.fromkeys(hashes - _KERNELS.keys(), largest))
+    if all(found.values()):
+        figures: dict[str, Any] = {name: max(map(int, numbers)) for name, numbers in found.items()}
+        figures["shared_memory_bytes"] = figures.pop("static") + figures.pop("dynamic")
+        figures["warnings"] = tuple(line for line in said.splitlines() if any(sign in line for sign in WARNINGS))
+        _KERNELS.update(dict.fromkeys(hashes - _KERNELS.keys(), figures))
     known = [_KERNELS[kernel] for kernel in hashes & _KERNELS.keys()]
     return {name: max(figures[name] for figures in known) for name in known[0]} if known else {}

@@ -21,7 +21,7 @@ class Tile:
     """What one step works on; weights take rows = 128, one row of blocks."""
 
     rows: int = 256
-    columns: int = 2048
+    columns: int = 1024
 
     def __post_init__(self):
         if self.rows < 1 or self.columns < 1 or self.rows % 32 or self.columns % LANES:

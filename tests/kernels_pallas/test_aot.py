@@ -34,6 +34,7 @@ def test_compiles(case, chip):
         assert report.registers is not None, "no word of ptxas about a Mosaic GPU kernel"
         assert report.spill_bytes == 0 and report.registers <= case.max_registers, report
         assert 0 < report.shared_memory_bytes <= 227 * 1024
+        assert not report.warnings
 
 
 def normalize_rows(columns):
@@ -74,6 +75,22 @@ def test_registers_spills_and_shared_memory_are_those_of_the_kernel():
     assert (again.registers, again.shared_memory_bytes) == (fits.registers, fits.shared_memory_bytes)
     spills = h200.compile(*normalize_rows(512))
     assert spills.registers == 255 and spills.spill_bytes > 0
+
+
+def test_words_of_ptxas_are_read():
+    said = """
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ill formed pipeline stage
+ptxas info    : Compiling entry function 'a' for 'sm_90a'
+    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 168 registers, used 2 barriers, 8 bytes smem
+  call void @mosaic_gpu_launch_kernel(ptr %0, i32 %x, i32 1, i32 1, i32 0, i32 0, i32 0, i32 128, i32 1, i32 1, i32 4096, ptr %1)
+ptxas info    : Used 40 registers
+"""
+    figures = aot._gpu_kernels('custom-call, kernel_hash = "one\\22two", module = ""', said)
+    warning = figures.pop("warnings")[0]
+    assert figures == {"registers": 168, "spill_bytes": 16, "shared_memory_bytes": 4104}
+    assert warning.startswith("ptxas info    : (C7510) Potential Performance Loss: wgmma")
+    assert aot._gpu_kernels("no kernel", said) == {}
 
 
 @needs_compilers
