@@ -1,7 +1,7 @@
 """The language model: embedding, an unrolled prefix of dense layers, a scanned stack of equal layers, norm, head, MTP modules."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -40,7 +40,9 @@ class Output(NamedTuple):
 
 
 class Transformer(nnx.Module):
-    """Decoder-only language model. `stack` holds its layers' parameters with a leading layer axis."""
+    """Decoder-only language model. `stack` holds its layers' parameters with a leading layer axis, or each layer for itself."""
+
+    stack: "Block | nnx.Dict"
 
     def __init__(self, config: "TransformerConfig", *, rngs: nnx.Rngs):
         self.config = config
@@ -88,12 +90,30 @@ class Transformer(nnx.Module):
 
     def empty_cache(self, batch: int, length: int) -> dict[str, Any]:
         """One buffer per layer; those of the stack have a leading layer axis."""
-        one = self.stack.attention.empty_cache(batch, length, self.precision.compute_dtype)
+        apart = isinstance(self.stack, nnx.Dict)
+        layer = next(iter(self.stack.values())) if apart else self.stack
+        one = layer.attention.empty_cache(batch, length, self.precision.compute_dtype)
+
+        def each(names: Iterable[str]) -> dict[str, Cache]:
+            return {i: jax.tree.map(jnp.copy, one) for i in names}
+
+        if apart:
+            return {"prefix": each(self.prefix), "stack": each(self.stack)}
         depth = self.config.num_hidden_layers - self.config.num_prefix_layers
-        return {
-            "prefix": {i: jax.tree.map(jnp.copy, one) for i in self.prefix},
-            "stack": jax.tree.map(lambda buffer: jnp.zeros((depth, *buffer.shape), buffer.dtype), one),
-        }
+        stack = jax.tree.map(lambda buffer: jnp.zeros((depth, *buffer.shape), buffer.dtype), one)
+        return {"prefix": each(self.prefix), "stack": stack}
+
+    def with_layers_apart(self) -> "Transformer":
+        """The same model, each layer of the stack with its own parameters: nothing is sliced, and nothing scanned."""
+        graph, state = nnx.split(self.stack)
+        depth = self.config.num_hidden_layers - self.config.num_prefix_layers
+
+        def layer(i: int) -> Block:
+            return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], state))
+
+        model = nnx.merge(*nnx.split(self))
+        model.stack = nnx.Dict({str(i): layer(i) for i in range(depth)})
+        return model
 
     # --- the whole -----------------------------------------------------------------------------------------------------------
 
@@ -119,9 +139,9 @@ class Transformer(nnx.Module):
         new_cache = None if cache is None else {"prefix": prefix_cache, "stack": stack_cache}
         return Output(self.final_norm(x_BTD), stats, new_cache)
 
-    def _run_stack(
-        self, x_BTD: jax.Array, context: Context, cache: Cache | None
-    ) -> tuple[jax.Array, BlockStats | None, Cache | None]:
+    def _run_stack(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, BlockStats | None, Any]:
+        if isinstance(self.stack, nnx.Dict):
+            return self._run_apart(x_BTD, context, cache)
         graph, state = nnx.split(self.stack)
 
         def layer(x_BTD, layer_state_and_cache):
@@ -139,6 +159,16 @@ class Transformer(nnx.Module):
             outputs.append(output)
         stats, cache = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
         return x_BTD, stats, cache
+
+    def _run_apart(
+        self, x_BTD: jax.Array, context: Context, cache: dict[str, Cache] | None
+    ) -> tuple[jax.Array, BlockStats | None, dict[str, Cache | None] | None]:
+        stats, new_cache = [], {}
+        for i, layer in self.stack.items():
+            run = _remat(lambda x_BTD, cache, layer=layer: layer(x_BTD, context, cache), self.config.remat)
+            x_BTD, layer_stats, new_cache[i] = run(x_BTD, cache and cache[i])
+            stats.append(layer_stats)
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats), cache and new_cache
 
     def predict_ahead(
         self, hidden_BTD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
@@ -191,9 +221,7 @@ class TransformerConfig:
     tie_word_embeddings: bool = False  # the head is the transposed embedding
     precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)  # dtypes
     scan_layers: bool = True  # one compiled layer for the whole stack; off: unrolled, same numbers to rounding
-    remat: Remat = (
-        "none"  # recompute backward: nothing | all but matrix products and attention | all but attention | all
-    )
+    remat: Remat = "none"  # recomputed: nothing | all but products and attention | all but attention | everything
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
