@@ -10,7 +10,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.fp8.scale import MAX, scale_of
+from kernels_pallas.fp8.scale import MAX, divide, scale_of
 
 COLUMNS = 128  # of every FP8 block, and of a tile
 SWIZZLE = 128  # bytes; keeps the register layout free of bank conflicts
@@ -46,7 +46,8 @@ def quantize(
         if block[0] > 1:
             amax = jnp.max(amax)
         scale = scale_of(amax, ue8m0, amax_floor)
-        y = jnp.clip(x / jax.lax.broadcast_in_dim(scale, x.shape, tuple(range(scale.ndim))), -MAX, MAX)
+        spread = jax.lax.broadcast_in_dim(scale, x.shape, tuple(range(scale.ndim)))
+        y = jnp.clip(divide(x, spread, finite, ue8m0), -MAX, MAX)
         data_smem[...] = jnp.where(finite, y, jnp.nan).astype(jnp.float8_e4m3fn)
         if block[0] > 1:
             scale_gmem[j, i] = scale

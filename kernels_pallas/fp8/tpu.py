@@ -10,7 +10,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.fp8.scale import MAX, scale_of
+from kernels_pallas.fp8.scale import MAX, divide, scale_of
 from kernels_pallas.select import Unsupported
 
 LANES = 128  # of a vector register, and the width of every block
@@ -47,7 +47,8 @@ def quantize(
             if block[0] > 1:
                 amax = jnp.max(amax, axis=0, keepdims=True)
             scale = scale_of(amax, ue8m0, amax_floor)
-            y = jnp.where(finite, jnp.clip(x / scale, -MAX, MAX), jnp.nan)
+            y = jnp.clip(divide(x, scale, finite, ue8m0), -MAX, MAX)
+            y = jnp.where(finite, y, jnp.nan)
             data_ref[:, columns] = y.astype(jnp.float8_e4m3fn)
             # The scales stay in VMEM until a row of tiles is done.
             lane = jax.lax.broadcasted_iota(jnp.int32, scale_ref.shape, 1)

@@ -18,16 +18,24 @@ from kernels_pallas.fp8 import gpu, tpu
 
 QUANTIZE = {"activations": fp8.quantize_activations, "weights": fp8.quantize_weights}
 IMPLEMENTATIONS = ways("reference", "xla", "tpu", "gpu")
-EVERY_TIME = {"partial blocks", "leading dims", "huge", "scales next to powers of two", "not finite"}
+EVERY_TIME = {
+    "partial blocks",
+    "leading dims",
+    "huge",
+    "scales next to powers of two",
+    "not finite",
+    "a quotient that a reciprocal rounds to another code",  # with scales that are no powers of two
+}
 
 
 def cases(kind):
     """Both kinds of scales for every input; in every run, one of them for the inputs that a kernel could stumble on."""
     for number, name in enumerate(name for name in NAMES if name != "float16"):
+        quotient = name.startswith("a quotient")
         for scales, ue8m0 in (("float32", False), ("ue8m0", True)):
             args = functools.partial(lambda name: (fp8_cases.inputs(name),), name)
             case = Case(name=f"{name}, {scales}", args=args, options={"ue8m0": ue8m0})
-            now = name in EVERY_TIME and ue8m0 == (number % 2 == (kind == "weights"))
+            now = name in EVERY_TIME and ue8m0 == (not quotient and number % 2 == (kind == "weights"))
             yield pytest.param(kind, case, id=f"{kind}, {case}", marks=[] if now else pytest.mark.slow)
 
 
@@ -44,13 +52,14 @@ def quantized(case, kind):
 def test_quantize(way, kind, case):
     codes, scale = quantized(case, kind)
     got = way.run(functools.partial(QUANTIZE[kind], **case.options), *case.args())
-    same_bits(got, codes, scale)
+    # Devices divide by what is no power of two within 2 ulp (`scale.divide`): next to a tie, to the other code.
+    same_bits(got, codes, scale, neighbours=way.where == "device" and not case.options["ue8m0"])
 
 
-def same_bits(got, codes, scale):
+def same_bits(got, codes, scale, neighbours=False):
     np.testing.assert_array_equal(got.scale, scale)
     got_codes, nan = np.asarray(got.data).view(np.uint8), codes == 0x7F
-    np.testing.assert_array_equal(got_codes[~nan], codes[~nan])
+    np.testing.assert_allclose(got_codes[~nan].astype(int), codes[~nan].astype(int), rtol=0, atol=int(neighbours))
     np.testing.assert_array_equal(got_codes[nan] & 0x7F, 0x7F)  # a NaN of either sign
 
 
