@@ -1,4 +1,4 @@
-"""The scale of a block from its amax, and dividing by it, in operations that XLA and both Mosaics have: no unsigned maxima, no exp2."""
+"""The scale of a block, and dividing by it, in operations that XLA and both Mosaics have: no unsigned maxima, no exp2."""
 
 import jax
 import jax.numpy as jnp
