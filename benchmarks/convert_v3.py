@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -100,13 +101,14 @@ def dd(source: pathlib.Path, to: pathlib.Path, more: int) -> float:
 
 def convert(source: pathlib.Path, to: pathlib.Path, *flags: str) -> dict:
     drop(source)
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "experiments.convert", f"--from={source}", f"--to={to}", *flags]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    seconds = time.perf_counter() - start
+    seconds, usage = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     shutil.rmtree(to)
     print(output, file=sys.stderr)
-    return json.loads(output.splitlines()[-1]) | {"wall_seconds": seconds}
+    cpu = usage.ru_utime + usage.ru_stime - before.ru_utime - before.ru_stime
+    return json.loads(output.splitlines()[-1]) | {"wall_seconds": seconds, "cpu_seconds": cpu}
 
 
 def main(flags: Flags) -> None:
@@ -116,15 +118,23 @@ def main(flags: Flags) -> None:
         make(source, flags)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     for name, arguments in {"FP8 -> ours, kept": [], "FP8 -> BF16": ["--dtype=bf16"]}.items():
+        more = size if arguments else 0  # BF16 takes twice the bytes, but for the embedding and the head
+        before = dd(source, root / "dd", more)  # also brings the memory of a virtual machine back from its host
         result = convert(source, root / "to", *arguments)
-        baseline = dd(source, root / "dd", max(0, result["bytes"] - size))
+        after = dd(source, root / "dd", more)
+        moved = 2 * size + more
+        share = (size + result["bytes"]) / result["wall_seconds"] / (2 * moved / (before + after))
         row = {
             "way": name,
             "bytes_read": size,
             "bytes_written": result["bytes"],
             "wall_seconds": round(result["wall_seconds"], 1),
-            "dd_seconds": round(baseline, 1),
-            "share_of_dd": round(baseline / result["wall_seconds"], 2),
+            "dd_bytes_moved": moved,
+            "dd_seconds": [round(before, 1), round(after, 1)],
+            "share_of_dd": round(
+                share, 2
+            ),  # bytes read and written per second, start of Python and verification included
+            "cpu_seconds": round(result["cpu_seconds"], 1),
             "peak_memory_bytes": result["peak_memory_bytes"],
             "minutes_for_671B_at_this_rate": round(BYTES_OF_V3 / size * result["wall_seconds"] / 60, 1),
         }

@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
             code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return code
+        except OSError as error:
+            raise UserError(f"{error}; when that is mended, the same command goes on from here") from error
 
 
 def _convert(flags: ConvertFlags) -> int:

@@ -1,5 +1,6 @@
 """Conversion as real processes: killed, interrupted, several at once, in bounded memory. Also the worker that is killed."""
 
+import errno
 import json
 import os
 import pathlib
@@ -166,6 +167,23 @@ def test_bytes_that_change_on_the_disk_are_noticed_and_written_again(begun, tmp_
         main([f"--from={GOLDEN / 'llama'}", f"--to={begun}"])
     assert not begun.exists()
     assert_same_files(convert(GOLDEN / "llama", begun), convert(GOLDEN / "llama", tmp_path / "want"))
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    arguments = [f"--from={FP8}", f"--to={tmp_path / 'to'}", "--dtype=bf16", "--max_shard_bytes=100000"]
+    with monkeypatch.context() as patch:
+        pwrite, calls = os.pwrite, iter(range(60))
+
+        def full(*args):
+            if next(calls, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return pwrite(*args)
+
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(UserError, match=r"No space left on device; when that is mended, the same command goes on"):
+            main(arguments)
+    assert main(arguments) == 0
+    assert_same_files(tmp_path / "to", convert(FP8, tmp_path / "want", dtype="bf16", max_shard_bytes=100_000))
 
 
 def test_a_process_works_alone_on_its_share(begun):
