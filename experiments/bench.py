@@ -3,17 +3,25 @@
     python -m experiments.bench step --config=configs/tiny.py      tokens/s, MFU, compile time, peak memory of the train step
     python -m experiments.bench depth --config=configs/tiny.py     compile time of the train step by number of layers
     python -m experiments.bench experts                            expert products as a share of the dense matrix-product rate
+    python -m experiments.bench flash_attention                    attention, forward and backward, beside what JAX has
     python -m experiments.bench fp8                                quantize and dequantize as a share of copy bandwidth
     python -m experiments.bench aot                                what compilers say of kernels, for chips that are not here
 
 `--out=FILE.json` keeps the result with date, commit and versions; those that time take `--repeats`. No data is read.
 """
 
-from experiments.benches import aot, depth, experts, fp8, step
+from experiments.benches import aot, depth, experts, flash_attention, fp8, step
 from experiments.cli import did_you_mean, run_main
 from experiments.errors import UserError
 
-BENCHES = {"step": step.main, "depth": depth.main, "experts": experts.main, "fp8": fp8.main, "aot": aot.main}
+BENCHES = {
+    "step": step.main,
+    "depth": depth.main,
+    "experts": experts.main,
+    "flash_attention": flash_attention.main,
+    "fp8": fp8.main,
+    "aot": aot.main,
+}
 
 
 def main(argv: list[str]) -> None:

@@ -74,6 +74,14 @@ def test_benches_load_no_data_pipeline():
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
 
 
+def test_flash_attention(tmp_path):
+    (row,) = run(tmp_path, "flash_attention", "--contains=tiny")
+    assert row["shape"] == "tiny train" and row["declined"] == {}
+    assert row["xla"]["forward_gflops"] > 0 and row["xla"]["backward_tokens_per_second"] > 0
+    with pytest.raises(UserError, match="leave no shape"):
+        bench.main(["flash_attention", "--contains=nothing"])
+
+
 @pytest.mark.parametrize("loads", ["equal", "routed", "skewed"])
 def test_loads_are_whole_and_as_named(loads):
     sizes = group_sizes(8192, 16, loads)
