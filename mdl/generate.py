@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from mdl import sharding
-from mdl.pure import PureModel, Tree
+from mdl.pure import PureModel, Tree, apart
 from mdl.transformer import Transformer, TransformerConfig
 
 SMALLEST_LENGTH = 32  # of a padded prompt and of a cache
@@ -102,7 +102,8 @@ def _split_rows(cache: Tree) -> Tree:
     def split(tree: Any, *leading: None) -> Any:
         return jax.tree.map(lambda buffer: sharding.reshard(buffer, P(*leading, sharding.RULES["batch"])), tree)
 
-    return {"prefix": split(cache["prefix"]), "stack": split(cache["stack"], None)}
+    stacked = "0" not in cache["stack"]
+    return {"prefix": split(cache["prefix"]), "stack": split(cache["stack"], *(None,) * stacked)}
 
 
 def check_prompts(config: TransformerConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -132,10 +133,16 @@ class Generator:
     Under a mesh (`jax.set_mesh`) rows are split over it, and every process makes the same calls and gets the same tokens.
     """
 
-    def __init__(self, model: PureModel, arrays: Tree):
-        """arrays: {"params": ..., "buffers": ...}; other keys are left alone."""
+    def __init__(self, model: PureModel, arrays: Tree, *, layers_apart: bool | None = None):
+        """arrays: {"params": ..., "buffers": ...}; other keys are left alone.
+
+        layers_apart: decode without a scan over layers, with a copy of their parameters; None: on CPU only. XLA:CPU copies what a
+        scan slices, every parameter for every token, whereas other devices read slices where they lie.
+        """
         self._config = model.config
         self._arrays = {name: arrays[name] for name in ("params", "buffers")}
+        if jax.default_backend() == "cpu" if layers_apart is None else layers_apart:
+            model, self._arrays = PureModel(model.config, layers_apart=True), apart(self._arrays)
 
         def merged(arrays: Tree) -> Transformer:
             return model.merge(arrays["params"], arrays["buffers"])

@@ -16,9 +16,15 @@ class PureModel:
     Buffers are what no gradient reaches: the routers' biases.
     """
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, *, layers_apart: bool = False):
+        """layers_apart: the stack is a dict of layers, as `apart` makes it, not one tree with a leading layer axis."""
         self.config = config
-        model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+
+        def build() -> Transformer:
+            model = config.build(nnx.Rngs(0))
+            return model.with_layers_apart() if layers_apart else model
+
+        model = nnx.eval_shape(build)
         self._graph, self._params, self._buffers = nnx.split(model, nnx.Param, ...)
 
     def init(self, key: jax.Array) -> Tree:
@@ -33,6 +39,19 @@ class PureModel:
     def merge(self, params: Tree, buffers: Tree) -> Transformer:
         """The module with these arrays; usable inside and outside of jit."""
         return nnx.merge(self._graph, _filled(self._params, params), _filled(self._buffers, buffers))
+
+
+def apart(arrays: Tree) -> Tree:
+    """Arrays of a PureModel as one with `layers_apart` takes them; a copy of the stack, the rest is shared."""
+    return {
+        kind: {**tree, "stack": _layers(tree["stack"])} if "stack" in tree else tree for kind, tree in arrays.items()
+    }
+
+
+@jax.jit
+def _layers(stack: Tree) -> Tree:
+    depth = jax.tree.leaves(stack)[0].shape[0]
+    return {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(depth)}
 
 
 def _filled(state: nnx.State, arrays: Tree) -> nnx.State:
