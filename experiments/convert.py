@@ -40,7 +40,7 @@ class ConvertFlags:
     ue8m0: bool = False  # with --fp8: scales are powers of two
     ema: bool = False  # take the averaged parameters of the run
     to_format: Literal["hf", "ours"] | None = (
-        None  # what to write; none: ours from Hugging Face unless only FP8 comes or goes
+        None  # what to write; none: hf from a run, with --fp8, or with --dtype from FP8 files, else ours
     )
     max_shard_bytes: int = 5_000_000_000  # of one safetensors file
     num_processes: int = 1  # processes that share the work, on machines that all see --from and --to

@@ -58,6 +58,8 @@ def plan(request: Request, result: pathlib.Path) -> Plan:
     try:
         if is_hugging_face(request.directory):
             return _from_hugging_face(request, result)
+        if any(request.directory.glob("*.safetensors")):
+            raise UserError(f"--from={request.directory}: holds safetensors files, but no config.json of their model")
         return _from_run(request, result)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error

@@ -410,6 +410,14 @@ def test_tensors_that_do_not_fit_are_named_before_anything_is_written(change, me
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_weights_without_their_config_are_refused(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(GOLDEN / "llama" / "model.safetensors", source)
+    with pytest.raises(UserError, match=r"holds safetensors files, but no config.json"):
+        main([f"--from={source}", f"--to={tmp_path / 'to'}"])
+
+
 def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 900))
     with pytest.raises(UserError, match=r"needs 575 kB, the disk has 900 B left"):
