@@ -185,7 +185,7 @@ def _check_installed() -> None:
     if _ptxas_folder() is None:
         missing.append("nvidia-cuda-nvcc")
     if missing:
-        raise Unavailable(f"{', '.join(missing)} not installed: pip install 'mdl[aot]'")
+        raise Unavailable(f"{', '.join(missing)} not installed: pip install 'mdl[aot]' on Linux, x86-64")
 
 
 def _has_module(name: str) -> bool:

@@ -145,4 +145,6 @@ def test_missing_compilers_are_named(monkeypatch):
     monkeypatch.setattr(aot, "_has_module", lambda name: False)
     monkeypatch.setattr(aot, "_ptxas_folder", lambda: None)
     monkeypatch.setattr(aot, "CHIPS", {"v5e": aot.Chip(name="v5e", topology="v5e:2x2")})
-    assert aot.unavailable() == ("libtpu, jax-cuda13-plugin, nvidia-cuda-nvcc not installed: pip install 'mdl[aot]'")
+    assert aot.unavailable() == (
+        "libtpu, jax-cuda13-plugin, nvidia-cuda-nvcc not installed: pip install 'mdl[aot]' on Linux, x86-64"
+    )
