@@ -76,11 +76,11 @@ def _convert(flags: ConvertFlags) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the shapes of a model are asked for, nothing is computed
+    from experiments.conversion import work
     from experiments.conversion.journal import Journal, Workspace
     from experiments.conversion.meter import Meter, format_bytes
     from experiments.conversion.recast import Recast
     from experiments.conversion.request import DTYPES, SOURCE_FILES, Request, plan
-    from experiments.conversion.work import share, verify, write
 
     source, to = pathlib.Path(flags.from_), pathlib.Path(flags.to)
     if not source.is_dir():
@@ -108,18 +108,16 @@ def _convert(flags: ConvertFlags) -> int:
 
     start = time.monotonic()
     with Journal(workspace, flags.process_id) as journal:
-        mine = list(share(units, flags.process_id, flags.num_processes))
+        mine = list(work.share(units, flags.process_id, flags.num_processes))
         size, memory = sum(unit.num_bytes for unit in mine), _MEMORY + planned.largest
         say = functools.partial(print, flush=True)
         done = sum(unit.num_bytes for unit in mine if unit.name in journal.sums)
         if done:
             say(f"going on: {format_bytes(done)} of {format_bytes(size)} are there")
-        meter = Meter("converting", size, done, say)
-        write(mine, journal, meter, memory)
-        checked = sum(unit.num_bytes for unit in mine if unit.name in journal.checked)
-        verify(mine, journal, Meter("verifying", size, checked, say), memory)
+        meter = Meter(size, done, say)
+        work.carry_out(mine, journal, meter, memory)
         journal.reload()
-        complete = all(unit.name in journal.checked for unit in units)
+        complete = all(unit.name in journal.sums for unit in units)
         if complete:
             if planned.source.fingerprint() != planned.identity[SOURCE_FILES]:
                 raise UserError(

@@ -1,7 +1,7 @@
 """The directory beside `--to` in which a conversion happens, and what it remembers from one attempt to the next.
 
 `<to>.converting/` holds `request.json` (what is being made, from which files), one journal per process, a line for every file
-that was written or verified, and `result/`, which gets the name `--to` when everything is there.
+that was written and verified, and `result/`, which gets the name `--to` when everything is there.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ class Workspace:
 
 
 class Journal:
-    """What is written and what is verified, by all processes so far, in `with`. Threads may call every method."""
+    """What is done, by all processes so far, in `with`. Threads may call every method."""
 
     def __init__(self, workspace: Workspace, process: int):
         self._directory = workspace.path
@@ -91,7 +91,6 @@ class Journal:
         self._lock = threading.Lock()
         self._stream: TextIO | None = None
         self.sums: dict[str, dict[str, int]] = {}
-        self.checked: set[str] = set()
 
     def __enter__(self) -> "Journal":
         self._stream = self._file.open("a")
@@ -111,42 +110,18 @@ class Journal:
 
     def reload(self) -> None:
         """Reads what other processes have done meanwhile."""
-        sums: dict[str, dict[str, int]] = {}
-        checked: set[str] = set()
         for file in sorted(self._directory.glob("journal.*")):
             for line in file.read_text().splitlines():
                 with contextlib.suppress(ValueError):  # cut, or empty
-                    self._replay(json.loads(line), sums, checked)
-        self.sums, self.checked = sums, checked
+                    done = json.loads(line)
+                    self.sums[done["done"]] = done["sums"]
 
-    @staticmethod
-    def _replay(line: dict[str, Any], sums: dict[str, dict[str, int]], checked: set[str]) -> None:
-        if "written" in line:
-            sums[line["written"]] = line["sums"]
-        if "verified" in line:
-            checked.add(line["verified"])
-        if "forgotten" in line:
-            sums.pop(line["forgotten"], None)
-
-    def written(self, unit: str, sums: dict[str, int]) -> None:
+    def done(self, unit: str, sums: dict[str, int]) -> None:
         with self._lock:
             self.sums[unit] = sums
-            self._append({"written": unit, "sums": sums})
-
-    def verified(self, unit: str) -> None:
-        with self._lock:
-            self.checked.add(unit)
-            self._append({"verified": unit})
-
-    def forget(self, unit: str) -> None:
-        with self._lock:
-            del self.sums[unit]
-            self._append({"forgotten": unit})
-
-    def _append(self, line: dict[str, Any]) -> None:
-        assert self._stream
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
+            assert self._stream
+            self._stream.write(json.dumps({"done": unit, "sums": sums}) + "\n")
+            self._stream.flush()
 
 
 def _holds_something(directory: pathlib.Path) -> bool:

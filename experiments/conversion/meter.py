@@ -14,13 +14,12 @@ class Meter:
 
     def __init__(
         self,
-        what: str,
         total: int,
         done: int,
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._what, self._total, self._before, self._done = what, total, done, done
+        self._total, self._before, self._done = total, done, done
         self._say, self._clock = say, clock
         self._start = self._last = clock()
         self._lock = threading.Lock()
@@ -43,7 +42,7 @@ class Meter:
         left = format_seconds((self._total - self._done) / rate) if rate else "?"
         share = self._done / max(self._total, 1)
         return (
-            f"{self._what} {format_bytes(self._done)} of {format_bytes(self._total)} ({100 * share:.1f} %)  "
+            f"{format_bytes(self._done)} of {format_bytes(self._total)} ({100 * share:.1f} %)  "
             f"{format_bytes(rate)}/s  left {left}"
         )
 

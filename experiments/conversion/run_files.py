@@ -9,7 +9,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from experiments.conversion.arrays import num_bytes, split, sum_of_words
 from experiments.conversion.layouts import row_step, to_ours
 from experiments.conversion.naming import NamedTensor
 from experiments.conversion.recast import Recipe
-from experiments.conversion.sources import read_exactly
-from experiments.conversion.work import VERIFY_BYTES, Piece
+from experiments.conversion.sources import leave_page_cache, sum_on_disk
+from experiments.conversion.work import Piece
 from mdl.hf import fp8
 from mdl.hf.table import Layout
 
@@ -111,19 +111,16 @@ class Chunk:
     def begin(self) -> "_ChunkJob":
         return _ChunkJob(self)
 
-    def verify(self, sums: Mapping[str, int], read: Callable[[int], None]) -> bool:
-        descriptor, total = os.open(self.file, os.O_RDONLY), 0
+    def verify(self, sums: Mapping[str, int]) -> bool:
+        descriptor = os.open(self.file, os.O_RDONLY)
         try:
-            for begin in range(0, self.num_bytes, VERIFY_BYTES):
-                part = np.empty(min(VERIFY_BYTES, self.num_bytes - begin), np.uint8)
-                read_exactly(descriptor, part, begin, self.file)
-                total += sum_of_words(part.view(self.array.dtype))
-                read(part.size)
             os.fsync(descriptor)
             is_whole = os.fstat(descriptor).st_size == self.num_bytes
+            total = sum_on_disk(descriptor, (self.array.dtype, self.array.chunk), 0, self.file) if is_whole else None
+            leave_page_cache(descriptor, 0, self.num_bytes)
         finally:
             os.close(descriptor)
-        return is_whole and total % 2**32 == sums[self.array.name]
+        return total == sums[self.array.name]
 
 
 class _ChunkJob:

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from experiments.arrays_on_disk import ArraysOnDisk
-from experiments.conversion.arrays import Size, num_bytes
+from experiments.conversion.arrays import Size, num_bytes, sum_of_words
 from experiments.conversion.layouts import row_step, rows_of_ours, to_theirs
 from mdl.hf.safetensors import Entry, open_tensors
 from mdl.hf.table import Layout
+
+_SUM_BYTES = 8 << 20  # summed at a time
 
 
 class Source(Protocol):
@@ -53,9 +55,7 @@ class HfSource:
         content = np.empty(len(rows) * num_bytes(row), np.uint8)
         descriptor, start = self._open(entry.file), entry.start + rows.start * num_bytes(row)
         read_exactly(descriptor, content, start, entry.file)
-        if content.size and hasattr(os, "posix_fadvise"):
-            # Nobody reads it again: what is written takes its place in the page cache, instead of fresh memory for all of the file.
-            os.posix_fadvise(descriptor, start, content.size, os.POSIX_FADV_DONTNEED)
+        leave_page_cache(descriptor, start, content.size)
         return content.view(entry.dtype).reshape(len(rows), *entry.shape[1:])
 
     def fingerprint(self) -> list[list[Any]]:
@@ -123,6 +123,22 @@ def read_exactly(descriptor: int, content: np.ndarray, offset: int, file: pathli
         if not count:
             raise OSError(f"{file}: ends at byte {offset}, earlier than its header says")
         view, offset = view[count:], offset + count
+
+
+def sum_on_disk(descriptor: int, size: Size, start: int, file: pathlib.Path) -> int:
+    """`sum_of_words` of an array at a place in a file, a few megabytes at a time."""
+    length, total = num_bytes(size), 0
+    for begin in range(0, length, _SUM_BYTES):
+        part = np.empty(min(_SUM_BYTES, length - begin), np.uint8)
+        read_exactly(descriptor, part, start + begin, file)
+        total += sum_of_words(part.view(size[0]))
+    return total % 2**32
+
+
+def leave_page_cache(descriptor: int, start: int, length: int) -> None:
+    """Makes room for what is converted next: nobody reads this part of the file again, and it is on the disk."""
+    if length and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def stamps(files: list[pathlib.Path]) -> list[list[Any]]:

@@ -1,10 +1,10 @@
-"""Carries conversion out: threads over pieces of units, in bounded memory, then everything that was written read back."""
+"""Carries conversion out: threads over pieces of units, in bounded memory; every unit is read back when it is whole."""
 
 import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Protocol
 
@@ -49,21 +49,21 @@ class Unit(Protocol):
 
     def begin(self) -> Job: ...
 
-    def verify(self, sums: Mapping[str, int], read: Callable[[int], None]) -> bool:
-        """Reads the unit back, telling `read` how many bytes, and makes it last; returns whether it holds these sums."""
+    def verify(self, sums: Sums) -> bool:
+        """Makes the finished unit last and reads it back; returns whether it holds these sums."""
         ...
 
 
-def write(units: Sequence[Unit], journal: Journal, meter: Meter, memory: int) -> None:
-    """Writes those units that the journal does not know."""
+def carry_out(units: Sequence[Unit], journal: Journal, meter: Meter, memory: int) -> None:
+    """Writes and verifies those units that the journal does not know; UserError naming one that reads back changed."""
     with _Pool(memory) as pool:
         for unit in units:
             if unit.name not in journal.sums:
-                _write_unit(unit, pool, journal, meter)
+                _carry_out(unit, pool, journal, meter)
 
 
-def _write_unit(unit: Unit, pool: "_Pool", journal: Journal, meter: Meter) -> None:
-    job = pool.closing(unit.begin())
+def _carry_out(unit: Unit, pool: "_Pool", journal: Journal, meter: Meter) -> None:
+    job = pool.opened(unit.begin())
     left, lock = len(job.pieces), threading.Lock()
 
     def run(piece: Piece) -> None:
@@ -73,42 +73,25 @@ def _write_unit(unit: Unit, pool: "_Pool", journal: Journal, meter: Meter) -> No
             left -= 1
             is_last = not left
         if is_last:
-            sums = job.finish()
             pool.closed(job)
-            journal.written(unit.name, sums)
+            sums = job.finish()
+            if not unit.verify(sums):
+                raise UserError(f"{unit.name} reads back changed: look at the disk; the same command writes it again")
+            journal.done(unit.name, sums)
 
     for piece in job.pieces:
         pool.submit(piece.memory, lambda piece=piece: run(piece))
 
 
-def verify(units: Sequence[Unit], journal: Journal, meter: Meter, memory: int) -> None:
-    """Reads back what has not been verified; UserError naming a unit that is not as it was written."""
-
-    def check(unit: Unit) -> None:
-        try:
-            is_good = unit.verify(journal.sums[unit.name], meter.advance)
-        except (OSError, ValueError) as error:
-            journal.forget(unit.name)
-            raise UserError(f"{unit.name} cannot be read back ({error}); the same command writes it again") from error
-        if not is_good:
-            journal.forget(unit.name)
-            raise UserError(f"{unit.name} reads back changed: look at the disk; the same command writes it again")
-        journal.verified(unit.name)
-
-    with _Pool(memory) as pool:
-        for unit in units:
-            if unit.name not in journal.checked:
-                pool.submit(VERIFY_BYTES, lambda unit=unit: check(unit))
-
-
-VERIFY_BYTES = 1 << 24  # read back at a time
+_WAITING = 4  # threads that, at a guess, wait for the disk
 
 
 class _Pool(contextlib.AbstractContextManager):
     """Threads that together hold at most `memory` bytes, or one piece that needs more. The first error ends everything."""
 
     def __init__(self, memory: int):
-        self._threads = futures.ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="convert")
+        threads = _WAITING + (os.cpu_count() or 1)
+        self._threads = futures.ThreadPoolExecutor(threads, thread_name_prefix="convert")
         self._memory, self._used = memory, 0
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -129,14 +112,14 @@ class _Pool(contextlib.AbstractContextManager):
         try:
             if self._error is None:
                 call()
-        except BaseException as error:
+        except BaseException as error:  # of whatever kind: it is raised where the pieces are handed out
             self._error = self._error or error
         finally:
             with self._changed:
                 self._used -= memory
                 self._changed.notify()
 
-    def closing(self, job: Job) -> Job:
+    def opened(self, job: Job) -> Job:
         """The job will be abandoned if it is still there at the end."""
         self._jobs.append(job)
         return job

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from convert_files import FP8, GOLDEN, ROOT, assert_same_files, contents, convert, start
 
-from experiments.conversion import work
+from experiments.conversion import sources, work
 from experiments.conversion.journal import Journal, Workspace
+from experiments.conversion.sources import read_exactly
 from experiments.convert import main
 from experiments.errors import UserError
 
@@ -127,13 +128,13 @@ def test_two_processes_share_the_work(tmp_path):
 
 @pytest.fixture
 def begun(tmp_path, monkeypatch):
-    """A conversion that stopped after everything was written and before it was verified."""
+    """A conversion that stopped when all units were there and the rest was not."""
 
     def stop(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(work, "verify", stop)
+        patch.setattr(Workspace, "finishing", stop)
         assert main([f"--from={GOLDEN / 'llama'}", f"--to={tmp_path / 'to'}"]) == 130
     return tmp_path / "to"
 
@@ -158,15 +159,22 @@ def test_another_request_does_not_go_on_with_it(begun):
     assert not begun.exists()
 
 
-def test_bytes_that_change_on_the_disk_are_noticed_and_written_again(begun, tmp_path):
-    chunk = next(begun.with_name("to.converting").rglob("0.0"))
-    content = bytearray(chunk.read_bytes())
-    content[100] ^= 4
-    chunk.write_bytes(content)
-    with pytest.raises(UserError, match=r"reads back changed.*the same command writes it again"):
-        main([f"--from={GOLDEN / 'llama'}", f"--to={begun}"])
-    assert not begun.exists()
-    assert_same_files(convert(GOLDEN / "llama", begun), convert(GOLDEN / "llama", tmp_path / "want"))
+@pytest.mark.parametrize("flags", [{}, {"dtype": "bf16", "to_format": "hf"}])
+def test_bytes_that_read_back_changed_are_noticed_and_written_again(flags, tmp_path, monkeypatch):
+    arguments = [f"--from={GOLDEN / 'llama'}", f"--to={tmp_path / 'to'}", *(f"--{k}={v}" for k, v in flags.items())]
+
+    def read_badly(descriptor, content, offset, file):
+        read_exactly(descriptor, content, offset, file)
+        if "to.converting" in str(file):
+            content[100] ^= 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "read_exactly", read_badly)
+        with pytest.raises(UserError, match=r"reads back changed.*the same command writes it again"):
+            main(arguments)
+    assert not (tmp_path / "to").exists()
+    convert(GOLDEN / "llama", tmp_path / "to", **flags)
+    assert_same_files(tmp_path / "to", convert(GOLDEN / "llama", tmp_path / "want", **flags))
 
 
 def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(tmp_path, monkeypatch):
@@ -193,16 +201,16 @@ def test_a_process_works_alone_on_its_share(begun):
 
 
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
-    source, write = tmp_path / "source", work.write
+    source, carry_out = tmp_path / "source", work.carry_out
     source.mkdir()
     for name, content in contents(GOLDEN / "llama").items():
         (source / name).write_bytes(content)
 
-    def write_and_touch(*args):
-        write(*args)
+    def carry_out_and_touch(*args):
+        carry_out(*args)
         os.utime(source / "model.safetensors", (0, 0))
 
-    monkeypatch.setattr(work, "write", write_and_touch)
+    monkeypatch.setattr(work, "carry_out", carry_out_and_touch)
     with pytest.raises(UserError, match="its files were changed meanwhile"):
         main([f"--from={source}", f"--to={tmp_path / 'to'}"])
     assert not (tmp_path / "to").exists()
