@@ -78,7 +78,7 @@ def sample_tokens(logits_BV: jax.Array, seed_B: jax.Array, position_B: jax.Array
 def _sample(logits_BV: jax.Array, seed_B: jax.Array, position_B: jax.Array, sampling: Sampling) -> jax.Array:
     logits_BV = logits_BV.astype(jnp.float32)
     if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return _argmax(logits_BV)
     # The largest becomes 0 first, so that a tiny temperature overflows to -inf only.
     scaled_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / sampling.temperature
     key_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seed_B, position_B)
@@ -94,6 +94,15 @@ def _sample(logits_BV: jax.Array, seed_B: jax.Array, position_B: jax.Array, samp
         sorted_BV = jnp.where(kept_BV, sorted_BV, -jnp.inf)
     choice_B = draw(key_B, sorted_BV)
     return jnp.take_along_axis(token_BV, choice_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _argmax(logits_BV: jax.Array) -> jax.Array:
+    """The first of the largest float32, as integers of the same order: XLA:CPU compares floats one by one, integers as vectors."""
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
+    order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)
+    V = order_BV.shape[-1]
+    largest_BV = order_BV == jnp.max(order_BV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(largest_BV, jnp.arange(V, dtype=jnp.int32), V), axis=-1)
 
 
 def _split_rows(cache: Tree) -> Tree:

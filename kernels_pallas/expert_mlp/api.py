@@ -49,6 +49,8 @@ def expert_mlp(
 
 @jax.custom_vjp
 def _xla(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD):
+    if 0 < index_TX.size < gate_EDF.shape[0]:  # some experts stay idle, and no gradient is wanted here
+        return xla.forward_by_choice(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD)
     return xla.forward(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD)[0]
 
 

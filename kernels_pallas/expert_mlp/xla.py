@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.grouped_gemm.layout import Layout, take_rows
 
+UNROLL = 8  # choices
+
 
 class Routes(NamedTuple):
     """Which choice (t·X + x) fills which slot. `order_M` lists the choices sorted by expert."""
@@ -82,6 +84,32 @@ def forward(
     y_TD = Layout.of(routes.sizes_E, index_TX.size).over_blocks(add_block, y_TD)
     residuals = Residuals(x_TD, weight_TX, gate_EDF, up_EDF, down_EFD, routes, g_ECF, u_ECF)
     return y_TD.astype(x_TD.dtype), residuals
+
+
+def forward_by_choice(
+    x_TD: jax.Array,
+    index_TX: jax.Array,
+    weight_TX: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+) -> jax.Array:
+    """The same y_TD for a few tokens, as in decoding: each choice reads its own expert's matrices, and nothing is sorted."""
+    num_tokens, experts_per_token = index_TX.shape
+
+    def of_choice(_: tuple, choice: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
+        x_D, index, weight = choice
+        gate_DF, up_DF, down_FD = (
+            jax.lax.dynamic_index_in_dim(w, index, keepdims=False) for w in (gate_EDF, up_EDF, down_EFD)
+        )
+        g_F = _product("D,DF->F", x_D, gate_DF).astype(x_D.dtype)
+        u_F = _product("D,DF->F", x_D, up_DF).astype(x_D.dtype)
+        y_D = _product("F,FD->D", _hidden(g_F, u_F, weight), down_FD)
+        return (), jnp.where((index >= 0) & (index < gate_EDF.shape[0]), y_D, 0)
+
+    choices = jnp.repeat(x_TD, experts_per_token, axis=0), index_TX.reshape(-1), weight_TX.reshape(-1)
+    _, y_MD = jax.lax.scan(of_choice, (), choices, unroll=min(index_TX.size, UNROLL))
+    return jnp.sum(y_MD.reshape(num_tokens, experts_per_token, -1), axis=1).astype(x_TD.dtype)
 
 
 def backward(residuals: Residuals, dy_TD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -25,7 +25,7 @@ def capacity(num_rows: int, num_groups: int) -> int:
     """Slots per group; 0 (everything by blocks, idle matrices never read) when there are fewer rows than groups."""
     if num_rows < num_groups:
         return 0
-    return min(num_rows, 8 * math.ceil(num_rows / num_groups / 8))
+    return min(num_rows, 4 * math.ceil(num_rows / num_groups / 4))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

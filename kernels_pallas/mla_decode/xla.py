@@ -37,15 +37,16 @@ def decode(
         latent_BsC, rope_BsR = read(cache, start, block, dtype)
         # Of what lies behind the length, which may be NaN, nothing may reach the output, not even times zero.
         latent_BsC = jnp.where((slot_s < lengths_B[:, None])[..., None], latent_BsC, 0)
-        s_BMs = _dot(q_latent_BMC, latent_BsC, 2) + _dot(q_rope_BMR, rope_BsR, 2)
-        seen_BMs = (slot_s >= first) & (slot_s < end_BM[..., None])
-        s_BMs = jnp.where(seen_BMs, scale * s_BMs, -jnp.inf)
-        new_m_BM = jnp.maximum(m_BM, jnp.max(s_BMs, axis=-1))
+        # Scores are kept slots first: XLA:CPU packs the second operand of a product, and the queries are the smaller one.
+        s_BsM = scale * (_dot(latent_BsC, q_latent_BMC, 2, 2) + _dot(rope_BsR, q_rope_BMR, 2, 2))
+        slot_s1 = slot_s[:, None]
+        s_BsM = jnp.where((slot_s1 >= first) & (slot_s1 < end_BM[:, None]), s_BsM, -jnp.inf)
+        new_m_BM = jnp.maximum(m_BM, jnp.max(s_BsM, axis=1))
         finite_m_BM = jnp.where(new_m_BM == -jnp.inf, 0, new_m_BM)
-        p_BMs = jnp.exp(s_BMs - finite_m_BM[..., None])
+        p_BsM = jnp.exp(s_BsM - finite_m_BM[:, None])
         kept_BM = jnp.exp(m_BM - finite_m_BM)
-        l_BM = l_BM * kept_BM + jnp.sum(p_BMs, axis=-1)
-        return new_m_BM, l_BM, o_BMC * kept_BM[..., None] + _dot(p_BMs.astype(dtype), latent_BsC, 1)
+        l_BM = l_BM * kept_BM + jnp.sum(p_BsM, axis=1)
+        return new_m_BM, l_BM, o_BMC * kept_BM[..., None] + _dot(p_BsM.astype(dtype), latent_BsC, 1, 1)
 
     def part(first: int, end: int) -> tuple[jax.Array, jax.Array]:
         """Attention over the blocks from `first` up to `end`."""
@@ -84,6 +85,6 @@ def _empty(q_BMC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jax.lax.pcast(state, axes, to="varying") if axes else state
 
 
-def _dot(a_BMx: jax.Array, b_Bsx: jax.Array, axis: int) -> jax.Array:
-    dims = (((2,), (axis,)), ((0,), (0,)))
-    return jax.lax.dot_general(a_BMx, b_Bsx, dims, preferred_element_type=jnp.float32)
+def _dot(a_Bxy: jax.Array, b_Bxy: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    dims = (((a_axis,), (b_axis,)), ((0,), (0,)))
+    return jax.lax.dot_general(a_Bxy, b_Bxy, dims, preferred_element_type=jnp.float32)
