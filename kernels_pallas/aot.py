@@ -107,11 +107,12 @@ class Chip:
 
         Not for several threads at once: it sets environment variables and listens to the process's stdout and stderr.
         """
-        sharding = SingleDeviceSharding(self.device)
+        device, sharding = self.device, SingleDeviceSharding(self.device)
         avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
         # Code that asks for its device while it is traced finds this one.
-        device = AbstractDevice(device_kind=self.device.device_kind, num_cores=1, platform=self.device.platform)
-        mesh = AbstractMesh((1,), ("aot",), abstract_device=device)
+        cores = getattr(device, "num_cores", None)
+        abstract = AbstractDevice(device_kind=device.device_kind, num_cores=cores, platform=device.platform)
+        mesh = AbstractMesh((1,), ("aot",), abstract_device=abstract)
         began = time.perf_counter()
         with _environment(), _no_compilation_cache(), _said() as said:
             try:
