@@ -3,7 +3,7 @@
 python benchmarks/convert_v3.py --directory=DIR        (needs 30 GB there, deletes what it made)
 
 Before every measurement the pages of the source are dropped from the page cache; what is written stays there, as far as it fits,
-until `convert` reads it back. Random bytes: nothing on the way can compress or skip them.
+until `convert` has read it back. Random bytes: nothing on the way can compress or skip them.
 """
 
 import dataclasses
