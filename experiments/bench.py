@@ -4,13 +4,15 @@
     python -m experiments.bench depth --config=configs/tiny.py     compile time of the train step by number of layers
     python -m experiments.bench experts                            expert products as a share of the dense matrix-product rate
     python -m experiments.bench flash_attention                    attention, forward and backward, beside what JAX has
+    python -m experiments.bench decode --config=configs/tiny.py    tokens/s of greedy decoding
+    python -m experiments.bench mla_decode                         decoding attention over latents, beside plain products
     python -m experiments.bench fp8                                quantize and dequantize as a share of copy bandwidth
     python -m experiments.bench aot                                what compilers say of kernels, for chips that are not here
 
 `--out=FILE.json` keeps the result with date, commit and versions; those that time take `--repeats`. No data is read.
 """
 
-from experiments.benches import aot, depth, experts, flash_attention, fp8, step
+from experiments.benches import aot, decode, depth, experts, flash_attention, fp8, mla_decode, step
 from experiments.cli import did_you_mean, run_main
 from experiments.errors import UserError
 
@@ -19,6 +21,8 @@ BENCHES = {
     "depth": depth.main,
     "experts": experts.main,
     "flash_attention": flash_attention.main,
+    "decode": decode.main,
+    "mla_decode": mla_decode.main,
     "fp8": fp8.main,
     "aot": aot.main,
 }
