@@ -11,14 +11,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.flash_attention import reference, xla
 from kernels_pallas.flash_attention.mask import Mask
-from kernels_pallas.select import select
+from kernels_pallas.select import LazyModule, select
 
 SAVED_NAMES = ("attention_out", "attention_lse")  # with these kept, no remat policy makes the forward pass run twice
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["xla", "tpu", "reference"]
 # A back end is a module with `forward` and `backward` as xla.py has them, which raise Unsupported to decline a call; the first is
 # the default. The reference is differentiated by JAX itself.
-BACK_ENDS: dict[str, ModuleType] = {"xla": xla, "reference": reference}
+BACK_ENDS: dict[str, ModuleType | LazyModule] = {
+    "xla": xla,
+    "tpu": LazyModule("kernels_pallas.flash_attention.tpu"),
+    "reference": reference,
+}
 
 
 @overload
