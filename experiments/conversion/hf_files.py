@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 
-from experiments.conversion.arrays import Size, num_bytes, split, sum_of_words
+from experiments.conversion.arrays import Size, split, sum_of_words
 from experiments.conversion.recast import Recipe
 from experiments.conversion.sources import leave_page_cache, sum_on_disk
 from experiments.conversion.work import Piece
@@ -113,7 +113,3 @@ def _cut(recipe: Recipe) -> list[range]:
 def _natural(name: str) -> list[tuple[bool, int, str]]:
     """Layer 9 before layer 10."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
-
-
-def total_bytes(recipes: Iterable[Recipe]) -> int:
-    return sum(num_bytes(size) for recipe in recipes for size in recipe.sizes.values())

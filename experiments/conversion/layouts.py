@@ -8,6 +8,9 @@ import numpy as np
 from mdl.hf.table import Layout
 
 
+MATRIX = Layout("MN -> MN")  # of scales, which we hold as the files do
+
+
 def spell(layout: Layout) -> str:
     """The text that `Layout` reads."""
     groups = [group if len(group) == 1 else f"({group})" for group in layout.groups]

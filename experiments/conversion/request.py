@@ -14,6 +14,7 @@ import numpy as np
 from experiments.checkpoint_read import find_step, read_config, read_sizes
 from experiments.conversion.arrays import num_bytes, some
 from experiments.conversion.copies import find_copies
+from experiments.conversion.layouts import MATRIX
 from experiments.conversion.naming import NamedTensor, name_tensors
 from experiments.conversion.recast import Recast
 from experiments.conversion.sources import HfSource, Place, RunSource, Source
@@ -25,12 +26,10 @@ from mdl.hf import fp8
 from mdl.hf.load import check
 from mdl.hf.load import read_config as read_hf_config
 from mdl.hf.safetensors import open_tensors
-from mdl.hf.table import Layout
 
 SOURCE_FILES = "source files"  # key of the identity
 Format = Literal["hf", "ours"]
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32), "keep": None}
-_MATRIX = Layout("MN -> MN")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,7 @@ def _places(step: pathlib.Path, tensors: Sequence[NamedTensor], *, ema: bool) ->
             continue
         places[t.tensor] = Place(array, t.index, t.layout)
         if sizes[array][0] == fp8.DTYPE:
-            places[fp8.scale_name(t.tensor)] = Place(fp8.scale_name(array), t.index, _MATRIX)
+            places[fp8.scale_name(t.tensor)] = Place(fp8.scale_name(array), t.index, MATRIX)
     problems += [place.array for place in places.values() if place.array not in sizes]
     if problems:
         raise UserError(f"{step}: {len(problems)} arrays are missing or of another shape ({some(problems)})")

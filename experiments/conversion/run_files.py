@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from experiments.conversion.arrays import num_bytes, split, sum_of_words
-from experiments.conversion.layouts import row_step, to_ours
+from experiments.conversion.layouts import MATRIX, row_step, to_ours
 from experiments.conversion.naming import NamedTensor
 from experiments.conversion.recast import Recipe
 from experiments.conversion.sources import leave_page_cache, sum_on_disk
@@ -26,7 +26,6 @@ from mdl.hf.table import Layout
 STEP = "step_0"
 _CHUNK_BYTES = 32 << 20  # of a chunk, where one tensor has more
 _GROUP_BYTES = 8 << 20  # of a chunk that holds several experts
-_MATRIX = Layout("MN -> MN")  # of scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ def plan_arrays(tensors: Sequence[NamedTensor], recipes: Mapping[str, Recipe]) -
     """The arrays that hold these tensors, in the order of the recipes, which is that of the files."""
     homes = {t.tensor: t for t in tensors}
     for t in tensors:  # scales, where FP8 is kept
-        homes[fp8.scale_name(t.tensor)] = dataclasses.replace(t, array=fp8.scale_name(t.array), layout=_MATRIX)
+        homes[fp8.scale_name(t.tensor)] = dataclasses.replace(t, array=fp8.scale_name(t.array), layout=MATRIX)
     found: dict[str, dict[tuple[int, ...], Recipe]] = {}
     layouts: dict[str, Layout] = {}
     for name, recipe in recipes.items():

@@ -25,6 +25,7 @@ from convert_files import (
 from jax.sharding import NamedSharding
 
 from experiments import score
+from experiments.arrays_on_disk import ArraysOnDisk
 from experiments.checkpoint import CheckpointConfig
 from experiments.config import ExperimentConfig
 from experiments.config_tree import to_json
@@ -332,6 +333,12 @@ def test_a_trained_run_goes_out_and_comes_in_unchanged(trained, tmp_path):
         assert_same_arrays(loaded.arrays, want)
     averaged = convert(trained / "checkpoints" / "step_7", tmp_path / "averaged", ema=True)
     assert_same_arrays(load_model(averaged).arrays, find_model(trained, ema=True).load().arrays)
+
+
+def test_a_run_stores_each_expert_apart(trained):
+    on_disk = ArraysOnDisk(trained / "checkpoints" / "step_7" / "state")
+    for name in ("params/layers/1/mlp/experts/gate_EDF", "ema/layers/1/mlp/experts/down_EFD"):
+        assert on_disk.open(name).chunk_layout.read_chunk.shape[0] == 1
 
 
 def test_a_trained_run_goes_out_in_fp8(trained, tmp_path):
