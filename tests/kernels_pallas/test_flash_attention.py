@@ -191,9 +191,10 @@ def check_float32(case: Case, implementation: str | None = None) -> None:
             np.testing.assert_allclose(got[finite], want[finite], rtol=0, atol=1e-5 * max(1, largest), err_msg=name)
 
 
-def check_bfloat16(case: Case) -> None:
+def check_bfloat16(case: Case, implementation: str | None = None) -> None:
     """Root mean square error at most twice that of the plain computation."""
-    for name, got, usual, want in zip(NAMES, computed(case, jnp.bfloat16), plain(case), truth(case), strict=False):
+    results = zip(NAMES, computed(case, jnp.bfloat16, implementation), plain(case), truth(case), strict=False)
+    for name, got, usual, want in results:
         finite = np.isfinite(want)
         if name == "lse":  # float32 in both, of equal operands
             np.testing.assert_allclose(
@@ -215,7 +216,7 @@ def tiles(case: Case):
         yield
 
 
-# ---- every feature with every other: all pairs of these values in few cases, all products in the slow test
+# ---- every feature with every other: all pairs of these values in few cases, many products in the slow test
 
 FACTORS: dict[str, list[Any]] = {
     "dims": [(64, 64), (128, 128), (192, 128), (576, 512), (256, 256)],
@@ -297,9 +298,9 @@ def test_edges(name, implementation):
         check_float32(ADVERSARIAL[name], implementation)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("values", list(itertools.product(*FACTORS.values())), ids=str)
-def test_all_features(values):
+@pytest.mark.slow  # every 37th of 5,760: coprime to the sizes of the factors, so that all values take turns
+@pytest.mark.parametrize("values", list(itertools.product(*FACTORS.values()))[::37], ids=str)
+def test_many_products_of_features(values):
     case = made(dict(zip(FACTORS, values, strict=True)))
     with tiles(case):
         check_float32(case)
