@@ -15,12 +15,13 @@ from kernels_pallas.select import LazyModule, select
 
 SAVED_NAMES = ("attention_out", "attention_lse")  # with these kept, no remat policy makes the forward pass run twice
 
-Implementation = Literal["xla", "tpu", "reference"]
+Implementation = Literal["xla", "tpu", "gpu", "reference"]
 # A back end is a module with `forward` and `backward` as xla.py has them, which raise Unsupported to decline a call; the first is
-# the default. The reference is differentiated by JAX itself.
+# the default: no kernel has been timed on a device yet. The reference is differentiated by JAX itself.
 BACK_ENDS: dict[str, ModuleType | LazyModule] = {
     "xla": xla,
     "tpu": LazyModule("kernels_pallas.flash_attention.tpu"),
+    "gpu": LazyModule("kernels_pallas.flash_attention.gpu"),
     "reference": reference,
 }
 

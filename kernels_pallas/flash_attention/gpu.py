@@ -1,0 +1,238 @@
+"""Attention as a Mosaic GPU kernel (Hopper), after FlashAttention-3 (arXiv 2407.08608).
+
+A block of threads takes 128 queries of one head: one warpgroup brings keys and values by TMA, two compute, each 64 queries.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.flash_attention import xla
+from kernels_pallas.flash_attention.hopper import (
+    LOG2_E,
+    PER_COLUMN,
+    PER_ROW,
+    REGISTERS,
+    ROWS,
+    SHARED_MEMORY,
+    TILE,
+    WARPGROUPS,
+    WIDTH,
+    Band,
+    across,
+    add_product,
+    check,
+    full,
+    multiply,
+    pad,
+    same_segment,
+    segment_ids,
+    smem,
+    tanh,
+)
+from kernels_pallas.flash_attention.mask import Mask
+from kernels_pallas.select import Unsupported
+
+LEAST = -1e30  # stands for -inf where a difference of two must be a number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Keys and values at a time, and how many such steps are on their way or in use."""
+
+    keys: int
+    stages: int
+    qk_width: int
+    v_width: int
+    in_shared_memory: bool = (
+        False  # probabilities, and sums outside of the instruction: slower, but JAX can interpret it
+    )
+
+    def __post_init__(self):
+        if self.keys % ROWS or not ROWS <= self.keys <= 256 or self.stages < WARPGROUPS:
+            raise ValueError(f"{self}: keys must be 64, 128, 192 or 256, and stages at least {WARPGROUPS}")
+        if self.registers > REGISTERS:
+            raise ValueError(f"{self} needs {self.registers} registers a thread and would spill; make keys fewer")
+        if self.shared_memory > SHARED_MEMORY:
+            raise ValueError(f"{self} needs {self.shared_memory} bytes of shared memory; a block has {SHARED_MEMORY}")
+
+    @property
+    def registers(self) -> int:
+        """Sums, logits, probabilities in 16 bits, and about 40 for everything else."""
+        return self.v_width // 2 + self.keys // 2 + self.keys // 4 + 40
+
+    @property
+    def shared_memory(self) -> int:
+        queries = WARPGROUPS * ROWS * self.qk_width
+        probabilities = self.in_shared_memory * WARPGROUPS * ROWS * self.keys
+        steps = self.stages * self.keys * (self.qk_width + self.v_width)
+        return 2 * (queries + probabilities + steps) + 4 * (self.stages * self.keys + 2 * WARPGROUPS * ROWS) + 1024
+
+    @classmethod
+    def of(cls, qk_width: int, v_width: int, in_shared_memory: bool = False) -> "Tile":
+        """Many keys rather than many stages."""
+        for keys, stages in ((128, 3), (128, 2), (64, 4), (64, 3), (64, 2)):
+            try:
+                return cls(
+                    keys=keys, stages=stages, qk_width=qk_width, v_width=v_width, in_shared_memory=in_shared_memory
+                )
+            except ValueError:
+                continue
+        raise Unsupported(f"flash_attention on gpu: no tile for widths {qk_width} and {v_width}")
+
+
+backward = xla.backward
+
+
+def forward(
+    q_BTNK: jax.Array,
+    k_BSZK: jax.Array,
+    v_BSZU: jax.Array,
+    sinks_N: jax.Array | None,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None,
+    tile: Tile | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The output [B, T, N, U] in q's dtype and the logsumexp [B, T, N]. Raises Unsupported."""
+    check(q_BTNK, v_BSZU, mask, scale)
+    batch, num_queries, heads, _ = q_BTNK.shape
+    groups, v_width, dtype = heads // k_BSZK.shape[2], v_BSZU.shape[3], q_BTNK.dtype
+    band = Band.of(mask, num_queries, k_BSZK.shape[1])
+    q_BTNK, k_BSZK, v_BSZU = (pad(a, 3, WIDTH) for a in (q_BTNK, k_BSZK, v_BSZU))
+    K, U = q_BTNK.shape[3], v_BSZU.shape[3]
+    tile = tile or Tile.of(K, U)
+    q_BTNK = pad(q_BTNK, 1, WARPGROUPS * ROWS)
+    k_BSZK, v_BSZU = (pad(a, 1, tile.keys) for a in (k_BSZK, v_BSZU))
+    blocks = q_BTNK.shape[1] // (WARPGROUPS * ROWS)
+    segments = segment_ids(mask, WARPGROUPS * ROWS, tile.keys)
+    sinks = () if sinks_N is None else (sinks_N.astype(jnp.float32),)
+    to_log2 = (
+        scale if softcap is None else softcap
+    ) * LOG2_E  # exp(x) is exp2(x log2(e)), and the factor joins another
+
+    def flash_attention_forward(*refs):
+        refs = list(refs)
+        take = lambda count: [refs.pop(0) for _ in range(count)]  # noqa: E731
+        q_gmem, k_gmem, v_gmem = take(3)
+        segments_gmem, sinks_gmem = take(len(segments)), take(len(sinks))
+        out_gmem, lse_gmem = take(2)
+        q_here, k_here, v_here, k_free, v_free, all_free = take(6)
+        q_smem, k_smem, v_smem, lse_smem = take(4)
+        q_ids_smem, kv_ids_smem = take(2) if segments else (None, None)
+        (p_smem,) = take(1) if tile.in_shared_memory else (None,)
+        b, n, w = (jax.lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+        # The last queries first: if causal they see most keys, and blocks that see few fill the gaps at the end.
+        first_row = (blocks - 1 - jax.lax.axis_index("block")) * (WARPGROUPS * ROWS)
+        ranges = band.key_tiles(first_row, WARPGROUPS * ROWS, tile.keys)
+        start, end = ranges[0][0], ranges[-1][1]
+
+        def slot_of(step):
+            return jax.lax.rem(step - start, jnp.int32(tile.stages))
+
+        @pl.when(w == WARPGROUPS)
+        def _bring():
+            plgpu.set_max_registers(40, action="decrease")
+            z = jax.lax.div(n, jnp.int32(groups))
+
+            def bring(step, _):
+                slot, keys, again = slot_of(step), pl.ds(step * tile.keys, tile.keys), step - start >= tile.stages
+                pl.when(again)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+                plgpu.copy_gmem_to_smem(k_gmem.at[b, keys, z], k_smem.at[slot], k_here.at[slot])
+                if kv_ids_smem is not None:
+                    plgpu.copy_gmem_to_smem(segments_gmem[1].at[b, keys], kv_ids_smem.at[slot], k_here.at[slot])
+                pl.when(again)(lambda: plgpu.barrier_wait(v_free.at[slot]))
+                plgpu.copy_gmem_to_smem(v_gmem.at[b, keys, z], v_smem.at[slot], v_here.at[slot])
+                return ()
+
+            jax.lax.fori_loop(start, end, bring, ())
+
+        @pl.when(w < WARPGROUPS)
+        def _compute():
+            plgpu.set_max_registers(REGISTERS, action="increase")
+            row = first_row + w * ROWS
+            rows = pl.ds(row, ROWS)
+            plgpu.copy_gmem_to_smem(q_gmem.at[b, rows, n], q_smem.at[w], q_here.at[w])
+            if q_ids_smem is not None:
+                plgpu.copy_gmem_to_smem(segments_gmem[0].at[b, rows], q_ids_smem.at[w], q_here.at[w])
+            plgpu.barrier_wait(q_here.at[w])
+            q_ids = None if q_ids_smem is None else plgpu.layout_cast(q_ids_smem[w], PER_ROW)
+
+            def absorb(step, state, hide):
+                o, m, l = state
+                slot = slot_of(step)
+                plgpu.barrier_wait(k_here.at[slot])
+                s = multiply(q_smem.at[w], k_smem.at[slot].T, (ROWS, tile.keys))
+                if softcap is not None:
+                    s = tanh(s * (scale / softcap))
+                if q_ids is not None and kv_ids_smem is not None:
+                    kv_ids = plgpu.layout_cast(kv_ids_smem[slot], PER_COLUMN)
+                    s = jnp.where(same_segment(q_ids, kv_ids, s.shape), s, -jnp.inf)
+                plgpu.barrier_arrive(k_free.at[slot])
+                if hide:
+                    s = jnp.where(band.sees(row, step * tile.keys, s.shape), s, -jnp.inf)
+                new_m = jnp.maximum(m, jnp.max(s, axis=1) * to_log2)
+                kept = jnp.exp2(m - new_m)
+                p = jnp.exp2(s * to_log2 - across(new_m, s.shape))
+                l = l * kept + jnp.sum(p, axis=1)
+                o = o * across(kept, o.shape)
+                plgpu.barrier_wait(v_here.at[slot])
+                o = add_product(o, p.astype(dtype), v_smem.at[slot], None if p_smem is None else p_smem.at[w])
+                plgpu.barrier_arrive(v_free.at[slot])
+                return o, new_m, l
+
+            m, l = full((ROWS,), LEAST, PER_ROW), full((ROWS,), 0.0, PER_ROW)
+            if sinks_gmem:
+                sink = full((ROWS,), sinks_gmem[0][n] * LOG2_E, PER_ROW)
+                m = jnp.maximum(m, sink)
+                l = jnp.exp2(sink - m)
+            state = full((ROWS, U), 0.0, TILE), m, l
+            for low, high, hide in ranges:
+                state = jax.lax.fori_loop(low, high, functools.partial(absorb, hide=hide), state)
+            o, m, l = state
+            some = l > 0
+            l = jnp.where(some, l, 1.0)
+            plgpu.barrier_arrive(all_free)  # the output leaves by way of the values' place
+            plgpu.barrier_wait(all_free)
+            out_smem = v_smem.at[w, pl.ds(0, ROWS)]
+            out_smem[...] = (o * across(1 / l, o.shape)).astype(dtype)
+            lse_smem[w] = jnp.where(some, m * (1 / LOG2_E) + jnp.log(l), -jnp.inf)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[b, rows, n])
+            plgpu.copy_smem_to_gmem(lse_smem.at[w], lse_gmem.at[b, n, rows])
+            plgpu.wait_smem_to_gmem(0)
+
+    ids = (plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32), plgpu.SMEM((tile.stages, tile.keys), jnp.int32))
+    copies = 2 if segments else 1
+    out_BTNU, lse_BNT = plgpu.kernel(
+        flash_attention_forward,
+        out_type=(
+            jax.ShapeDtypeStruct((*q_BTNK.shape[:3], U), dtype),
+            jax.ShapeDtypeStruct((batch, heads, q_BTNK.shape[1]), jnp.float32),
+        ),
+        scratch_types=[
+            plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=copies),
+            plgpu.Barrier(num_barriers=tile.stages, num_arrivals=copies),
+            plgpu.Barrier(num_barriers=tile.stages),
+            plgpu.Barrier(num_barriers=tile.stages, num_arrivals=WARPGROUPS),
+            plgpu.Barrier(num_barriers=tile.stages, num_arrivals=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
+            smem((WARPGROUPS, ROWS, K), dtype),
+            smem((tile.stages, tile.keys, K), dtype),
+            smem((tile.stages, tile.keys, U), dtype),
+            plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+            *(ids if segments else ()),
+            *([smem((WARPGROUPS, ROWS, tile.keys), dtype)] if tile.in_shared_memory else []),
+        ],
+        grid=(batch, heads, blocks),
+        grid_names=("batch", "head", "block"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(q_BTNK, k_BSZK, v_BSZU, *segments, *sinks)
+    return out_BTNU[:, :num_queries, :, :v_width], lse_BNT.swapaxes(1, 2)[:, :num_queries]

@@ -1,0 +1,163 @@
+"""What the Hopper kernels of `flash_attention` share."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.flash_attention.mask import Mask
+from kernels_pallas.select import Unsupported
+
+ROWS = 64  # of a warpgroup: what an instruction multiplies
+WARPGROUPS = 2  # that compute
+SHARED_MEMORY = 227 * 1024  # bytes that a block of threads may have
+REGISTERS = 240  # a thread of a computing warpgroup
+WIDTH = 64  # widths are multiples of it: 16-bit numbers in 128 bytes, the swizzle
+WIDEST = 256
+LOG2_E = math.log2(math.e)
+TILE, PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+def check(q_BTNK: jax.Array, v_BSZU: jax.Array, mask: Mask, scale: float) -> None:
+    """Raises Unsupported."""
+    lacks = None
+    if q_BTNK.dtype not in (jnp.bfloat16, jnp.float16):
+        lacks = f"has no {q_BTNK.dtype}, only bfloat16 and float16"
+    elif max(q_BTNK.shape[3], v_BSZU.shape[3]) > WIDEST:
+        lacks = f"has no widths above {WIDEST}: these are {q_BTNK.shape[3]} and {v_BSZU.shape[3]}"
+    elif mask.q_positions_BT is not None:
+        lacks = "has no masks by positions; give q_offset"
+    elif mask.selected_BTS is not None:
+        lacks = "has no masks by selection"
+    elif not scale > 0:
+        lacks = f"needs a positive scale, not {scale}"
+    if lacks is not None:
+        raise Unsupported(f"flash_attention on gpu {lacks}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Band:
+    """The keys that query t may see as far as indices tell: t + low <= key < t + high and key < num_keys."""
+
+    low: int | None
+    high: int | None
+    num_queries: int
+    num_keys: int
+
+    @classmethod
+    def of(cls, mask: Mask, num_queries: int, num_keys: int) -> "Band":
+        offset = mask.q_offset or 0
+        return cls(
+            low=None if mask.left is None else offset - mask.left,
+            high=None if mask.right is None else offset + mask.right + 1,
+            num_queries=num_queries,
+            num_keys=num_keys,
+        )
+
+    @property
+    def transposed(self) -> "Band":
+        """The queries that see a key, in the place of its keys."""
+        return Band(
+            low=None if self.high is None else 1 - self.high,
+            high=None if self.low is None else 1 - self.low,
+            num_queries=self.num_keys,
+            num_keys=self.num_queries,
+        )
+
+    def key_tiles(self, row: jax.Array, rows: int, keys: int) -> list[tuple[jax.Array, jax.Array, bool]]:
+        """Ranges of tiles of keys, in order and without gaps, that cover what queries [row, row + rows) see; which need a mask."""
+        zero, end = jnp.int32(0), jnp.int32(self.num_keys)
+        first, stop, whole_first, whole_stop = zero, end, zero, end
+        if self.low is not None:
+            first, whole_first = row + self.low, row + (rows - 1 + self.low)
+        if self.high is not None:
+            stop, whole_stop = row + (rows - 1 + self.high), row + self.high
+
+        def tile_of(key: jax.Array, up: int) -> jax.Array:
+            return jax.lax.div(jnp.minimum(jnp.maximum(key, zero), end) + up, jnp.int32(keys))
+
+        a = tile_of(first, 0)
+        d = jnp.maximum(a, tile_of(stop, keys - 1))
+        b = jnp.minimum(jnp.maximum(a, tile_of(whole_first, keys - 1)), d)
+        c = jnp.minimum(jnp.maximum(b, tile_of(whole_stop, 0)), d)
+        left, right = self.low is not None, self.high is not None or self.num_keys % keys != 0
+        ranges = [(a, b, True)] * left + [(b if left else a, c if right else d, False)] + [(c, d, True)] * right
+        return ranges
+
+    def sees(self, row: jax.Array, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        """Of a tile that starts at query `row` and `key`."""
+        columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
+        distance = columns - plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
+        conditions = []
+        if self.low is not None:
+            conditions.append(distance >= row - key + self.low)
+        if self.high is not None:
+            conditions.append(distance < row - key + self.high)
+        if self.num_keys % shape[1]:
+            conditions.append(columns < self.num_keys - key)
+        return functools.reduce(jnp.logical_and, conditions)
+
+
+def segment_ids(mask: Mask, rows: int, keys: int) -> tuple[jax.Array, ...]:
+    """Those of queries and keys, padded to multiples of `rows` and `keys`; () if there are none."""
+    if mask.q_segment_ids_BT is None or mask.kv_segment_ids_BS is None:
+        return ()
+    both = ((mask.q_segment_ids_BT, rows), (mask.kv_segment_ids_BS, keys))
+    return tuple(pad(ids.astype(jnp.int32), 1, size) for ids, size in both)
+
+
+def same_segment(ids: jax.Array, other_ids: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return (across(ids, shape) == down(other_ids, shape)) & (across(ids, shape) != 0)
+
+
+def pad(a: jax.Array, axis: int, multiple: int, value: float = 0) -> jax.Array:
+    """TMA takes no partial tiles of a swizzled buffer."""
+    missing = -a.shape[axis] % multiple
+    widths = [(0, missing if i == axis else 0) for i in range(a.ndim)]
+    return jnp.pad(a, widths, constant_values=value) if missing else a
+
+
+def smem(shape: tuple[int, ...], dtype: Any) -> Any:
+    """As TMA writes and wgmma reads it; the last dim is a multiple of WIDTH."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(2 * WIDTH)))
+
+
+def full(shape: tuple[int, ...], value: Any, layout: Any) -> jax.Array:
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def across(per_row: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return jax.lax.broadcast_in_dim(per_row, shape, (0,))
+
+
+def down(per_column: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return jax.lax.broadcast_in_dim(per_column, shape, (1,))
+
+
+def tanh(x: jax.Array) -> jax.Array:
+    """To an absolute error of float32; the instruction has that of bfloat16."""
+    return 1 - 2 / (1 + jnp.exp2(x * (2 * LOG2_E)))
+
+
+def multiply(a: Any, b: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Of buffers, waiting for the result."""
+
+    def run(sums):
+        plgpu.wgmma(sums, a, b)
+        return sums[...]
+
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
+def add_product(sums: jax.Array, a: jax.Array, b: Any, a_smem: Any | None) -> Any:
+    """sums + a b, with `a` from registers or by way of a buffer."""
+    if a_smem is None:
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.WGMMAAccumulatorRef.init(sums))
+    a_smem[...] = a
+    plgpu.commit_smem()
+    return sums + multiply(a_smem, b, sums.shape)
