@@ -7,7 +7,6 @@ import numpy as np
 
 from mdl.hf.table import Layout
 
-
 MATRIX = Layout("MN -> MN")  # of scales, which we hold as the files do
 
 
