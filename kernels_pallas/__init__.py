@@ -6,10 +6,13 @@ from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.grouped_gemm.api import grouped_gemm
 from kernels_pallas.linear_cross_entropy.api import CrossEntropyAux, linear_cross_entropy
+from kernels_pallas.mla_decode import Fp8LatentCache, LatentCache, mla_decode
 from kernels_pallas.select import Unsupported
 
 __all__ = [
     "CrossEntropyAux",
+    "Fp8LatentCache",
+    "LatentCache",
     "Mask",
     "Unsupported",
     "expert_mlp",
@@ -17,4 +20,5 @@ __all__ = [
     "fp8",
     "grouped_gemm",
     "linear_cross_entropy",
+    "mla_decode",
 ]

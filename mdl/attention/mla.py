@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas.mla_decode import LatentCache, mla_decode
+from kernels_pallas import LatentCache, mla_decode
 from mdl import sharding
 from mdl.attention.cache import Cache, write
 from mdl.attention.core import Context, attend

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from experiments import bench
+from experiments.benches import mla_decode
 from experiments.benches.experts import group_sizes
 from experiments.errors import UserError
+from kernels_pallas.mla_decode.shapes import Shape
 
 SMALL = str(pathlib.Path(__file__).parent / "configs" / "small.py")
 ROOT = pathlib.Path(__file__).parents[2]
@@ -90,6 +92,28 @@ def test_loads_are_whole_and_as_named(loads):
     low, high = {"equal": (1.0, 1.01), "routed": (1.3, 2.2), "skewed": (3.9, 4.1)}[loads]
     assert low <= busiest <= high
     assert np.all(sizes >= 0)
+
+
+def test_decode(tmp_path):
+    results = run(tmp_path, "decode", f"--config={SMALL}", "--batch=1,3", "--prompt=4", "--tokens=3")
+    assert [row["batch"] for row in results] == [1, 3]
+    assert all(row["tokens_per_second"] > 0 and row["cpu_ms_per_token"] > 0 for row in results)
+
+
+def test_decode_of_nothing_is_refused():
+    with pytest.raises(UserError, match="--batch, --prompt and --tokens"):
+        bench.main(["decode", f"--config={SMALL}", "--tokens=0"])
+
+
+def test_mla_decode(tmp_path, monkeypatch):
+    tiny = {"tiny": Shape(batch=2, heads=2, length=100, capacity=128), "large": Shape(batch=1, heads=1, length=10**9)}
+    monkeypatch.setattr(mla_decode, "SHAPES", tiny)
+    rows = run(tmp_path, "mla_decode", "--max_slots=256", "--splits=none,2")
+    assert {(row["storage"], row["implementation"], row["splits"]) for row in rows} == {
+        ("contiguous", "plain", None),
+        *((storage, "xla", splits) for storage in ("contiguous", "paged", "fp8") for splits in (None, 2)),
+    }
+    assert all(row["shape"] == "tiny" and row["gb_per_second"] > 0 and row["times_plain"] > 0 for row in rows)
 
 
 def test_an_unknown_bench_is_refused():
