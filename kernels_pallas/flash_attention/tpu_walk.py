@@ -113,6 +113,11 @@ class Plan:
     def heads_last(self, a_BNT: jax.Array) -> jax.Array:
         return a_BNT.swapaxes(1, 2)[:, : self.num_queries]
 
+    def vary(self, a: jax.Array) -> jax.Array:
+        """Inside shard_map, all arguments of a kernel vary over the same mesh axes."""
+        missing = tuple(self.varies.varying - jax.typeof(a).manual_axis_type.varying)
+        return jax.lax.pcast(a, missing, to="varying") if missing else a
+
     def result(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=self.varies)
 
@@ -338,8 +343,7 @@ class Walk:
             ),
             **arguments,
         )
-        axes = tuple(plan.varies.varying)
-        return functools.partial(run, *(jax.lax.pcast(a, axes, to="varying") if axes else a for a in self.tiles))
+        return functools.partial(run, *map(plan.vary, self.tiles))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
