@@ -11,11 +11,10 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.flash_attention import xla
 from kernels_pallas.flash_attention.hopper import (
     LOG2_E,
-    PER_COLUMN,
     PER_ROW,
+    PRODUCER_REGISTERS,
     REGISTERS,
     ROWS,
     SHARED_MEMORY,
@@ -26,10 +25,11 @@ from kernels_pallas.flash_attention.hopper import (
     across,
     add_product,
     check,
+    compiler_params,
     full,
+    hide_other_segments,
     multiply,
     pad,
-    same_segment,
     segment_ids,
     smem,
     tanh,
@@ -72,20 +72,15 @@ class Tile:
         steps = self.stages * self.keys * (self.qk_width + self.v_width)
         return 2 * (queries + probabilities + steps) + 4 * (self.stages * self.keys + 2 * WARPGROUPS * ROWS) + 1024
 
-    @classmethod
-    def of(cls, qk_width: int, v_width: int, in_shared_memory: bool = False) -> "Tile":
-        """Many keys rather than many stages."""
-        for keys, stages in ((128, 3), (128, 2), (64, 4), (64, 3), (64, 2)):
-            try:
-                return cls(
-                    keys=keys, stages=stages, qk_width=qk_width, v_width=v_width, in_shared_memory=in_shared_memory
-                )
-            except ValueError:
-                continue
-        raise Unsupported(f"flash_attention on gpu: no tile for widths {qk_width} and {v_width}")
 
-
-backward = xla.backward
+def choose(K: int, U: int) -> Tile:
+    """Many keys rather than many stages."""
+    for keys, stages in ((128, 3), (128, 2), (64, 3), (64, 2)):
+        try:
+            return Tile(keys=keys, stages=stages, qk_width=K, v_width=U)
+        except ValueError:
+            continue
+    raise Unsupported(f"flash_attention on gpu has no tile for widths {K} and {U}")
 
 
 def forward(
@@ -97,7 +92,6 @@ def forward(
     *,
     scale: float,
     softcap: float | None,
-    tile: Tile | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, N, U] in q's dtype and the logsumexp [B, T, N]. Raises Unsupported."""
     check(q_BTNK, v_BSZU, mask, scale)
@@ -106,7 +100,7 @@ def forward(
     band = Band.of(mask, num_queries, k_BSZK.shape[1])
     q_BTNK, k_BSZK, v_BSZU = (pad(a, 3, WIDTH) for a in (q_BTNK, k_BSZK, v_BSZU))
     K, U = q_BTNK.shape[3], v_BSZU.shape[3]
-    tile = tile or Tile.of(K, U)
+    tile = choose(K, U)
     q_BTNK = pad(q_BTNK, 1, WARPGROUPS * ROWS)
     k_BSZK, v_BSZU = (pad(a, 1, tile.keys) for a in (k_BSZK, v_BSZU))
     blocks = q_BTNK.shape[1] // (WARPGROUPS * ROWS)
@@ -137,7 +131,7 @@ def forward(
 
         @pl.when(w == WARPGROUPS)
         def _bring():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
             z = jax.lax.div(n, jnp.int32(groups))
 
             def bring(step, _):
@@ -167,15 +161,14 @@ def forward(
                 o, m, l = state
                 slot = slot_of(step)
                 plgpu.barrier_wait(k_here.at[slot])
-                s = multiply(q_smem.at[w], k_smem.at[slot].T, (ROWS, tile.keys))
+                s = multiply(q_smem.at[w], k_smem.at[slot].T)
                 if softcap is not None:
                     s = tanh(s * (scale / softcap))
                 if q_ids is not None and kv_ids_smem is not None:
-                    kv_ids = plgpu.layout_cast(kv_ids_smem[slot], PER_COLUMN)
-                    s = jnp.where(same_segment(q_ids, kv_ids, s.shape), s, -jnp.inf)
+                    s = hide_other_segments(s, q_ids, kv_ids_smem.at[slot], -jnp.inf)
                 plgpu.barrier_arrive(k_free.at[slot])
                 if hide:
-                    s = jnp.where(band.sees(row, step * tile.keys, s.shape), s, -jnp.inf)
+                    s = band.hide(s, row, step * tile.keys, -jnp.inf)
                 new_m = jnp.maximum(m, jnp.max(s, axis=1) * to_log2)
                 kept = jnp.exp2(m - new_m)
                 p = jnp.exp2(s * to_log2 - across(new_m, s.shape))
@@ -233,6 +226,6 @@ def forward(
         grid_names=("batch", "head", "block"),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=compiler_params(),
     )(q_BTNK, k_BSZK, v_BSZU, *segments, *sinks)
     return out_BTNU[:, :num_queries, :, :v_width], lse_BNT.swapaxes(1, 2)[:, :num_queries]

@@ -1,7 +1,6 @@
 """What the Hopper kernels of `flash_attention` share."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -16,7 +15,9 @@ from kernels_pallas.select import Unsupported
 ROWS = 64  # of a warpgroup: what an instruction multiplies
 WARPGROUPS = 2  # that compute
 SHARED_MEMORY = 227 * 1024  # bytes that a block of threads may have
-REGISTERS = 240  # a thread of a computing warpgroup
+# A thread, of a computing warpgroup and of the one that brings: together what three warpgroups start with, 3 x 168. One more, and
+# the threads would wait for it forever.
+REGISTERS, PRODUCER_REGISTERS = 240, 24
 WIDTH = 64  # widths are multiples of it: 16-bit numbers in 128 bytes, the swizzle
 WIDEST = 256
 LOG2_E = math.log2(math.e)
@@ -89,18 +90,18 @@ class Band:
         ranges = [(a, b, True)] * left + [(b if left else a, c if right else d, False)] + [(c, d, True)] * right
         return ranges
 
-    def sees(self, row: jax.Array, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-        """Of a tile that starts at query `row` and `key`."""
-        columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
-        distance = columns - plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
-        conditions = []
+    def hide(self, x: jax.Array, row: jax.Array, key: jax.Array, value: float) -> jax.Array:
+        """`value` where a query does not see a key, in a tile that starts at query `row` and `key`."""
+        columns = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE)
+        distance = columns - plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=TILE)
+        # One after the other: conditions of a whole tile take registers.
         if self.low is not None:
-            conditions.append(distance >= row - key + self.low)
+            x = jnp.where(distance >= row - key + self.low, x, value)
         if self.high is not None:
-            conditions.append(distance < row - key + self.high)
-        if self.num_keys % shape[1]:
-            conditions.append(columns < self.num_keys - key)
-        return functools.reduce(jnp.logical_and, conditions)
+            x = jnp.where(distance < row - key + self.high, x, value)
+        if self.num_keys % x.shape[1]:
+            x = jnp.where(columns < self.num_keys - key, x, value)
+        return x
 
 
 def segment_ids(mask: Mask, rows: int, keys: int) -> tuple[jax.Array, ...]:
@@ -111,8 +112,11 @@ def segment_ids(mask: Mask, rows: int, keys: int) -> tuple[jax.Array, ...]:
     return tuple(pad(ids.astype(jnp.int32), 1, size) for ids, size in both)
 
 
-def same_segment(ids: jax.Array, other_ids: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    return (across(ids, shape) == down(other_ids, shape)) & (across(ids, shape) != 0)
+def hide_other_segments(x: jax.Array, ids: jax.Array, ids_smem: Any, value: float) -> jax.Array:
+    """`value` where the id of the row, in registers, is not that of the column, in a buffer, or 0."""
+    column_ids = plgpu.layout_cast(ids_smem[...], PER_COLUMN)
+    x = jnp.where(across(ids, x.shape) == down(column_ids, x.shape), x, value)
+    return jnp.where(across(ids, x.shape) != 0, x, value)
 
 
 def pad(a: jax.Array, axis: int, multiple: int, value: float = 0) -> jax.Array:
@@ -144,20 +148,31 @@ def tanh(x: jax.Array) -> jax.Array:
     return 1 - 2 / (1 + jnp.exp2(x * (2 * LOG2_E)))
 
 
-def multiply(a: Any, b: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Of buffers, waiting for the result."""
+def multiply(a: Any, b: Any) -> jax.Array:
+    """a b of buffers, waiting for the result."""
 
     def run(sums):
         plgpu.wgmma(sums, a, b)
         return sums[...]
 
-    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def add_product(sums: jax.Array, a: jax.Array, b: Any, a_smem: Any | None) -> Any:
+def add_product(sums: jax.Array, a: Any, b: Any, a_smem: Any | None) -> Any:
     """sums + a b, with `a` from registers or by way of a buffer."""
     if a_smem is None:
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.WGMMAAccumulatorRef.init(sums))
     a_smem[...] = a
     plgpu.commit_smem()
-    return sums + multiply(a_smem, b, sums.shape)
+    return sums + multiply(a_smem, b)
+
+
+def subtract_from_product(a: Any, b: Any, x: jax.Array, inside: bool) -> Any:
+    """a b - x of buffers `a` and `b`; `inside` the instruction, where sums then take no registers beside `x`."""
+    if not inside:
+        return multiply(a, b) - x
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.WGMMAAccumulatorRef.init(-x))
+
+
+def compiler_params() -> plgpu.CompilerParams:
+    return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
