@@ -11,6 +11,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.flash_attention.gpu_backward import backward as backward
 from kernels_pallas.flash_attention.hopper import (
     LOG2_E,
     PER_ROW,

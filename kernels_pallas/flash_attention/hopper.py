@@ -135,11 +135,11 @@ def full(shape: tuple[int, ...], value: Any, layout: Any) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def across(per_row: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def across(per_row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.broadcast_in_dim(per_row, shape, (0,))
 
 
-def down(per_column: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def down(per_column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.broadcast_in_dim(per_column, shape, (1,))
 
 
