@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_attention.mask import Mask
-from kernels_pallas.flash_attention.tpu_walk import HIDDEN, LANES, Plan, Score, Tile, Walk, dot, lanes
+from kernels_pallas.flash_attention.tpu_walk import HIDDEN, LANES, LOG2_E, Plan, Score, Tile, Walk, dot, lanes
 
 WHOLE_DQ_BYTES = 16 << 20  # of VMEM that the dq of all queries may take
 
@@ -44,7 +44,7 @@ def forward(
                 m_ref[...] = jnp.full(m_ref.shape, HIDDEN, jnp.float32)
                 l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
             else:
-                m_ref[...] = jnp.broadcast_to(jnp.maximum(sinks_ref[...], HIDDEN), m_ref.shape)
+                m_ref[...] = jnp.broadcast_to(jnp.maximum(sinks_ref[...] * LOG2_E, HIDDEN), m_ref.shape)
                 l_ref[...] = jnp.where(m_ref[...] > HIDDEN, 1.0, 0.0)
             acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
@@ -55,8 +55,8 @@ def forward(
                 if masked:
                     s = score.hide(s, ids_ref, step, keys)
                 m = jnp.maximum(m_ref[...], jnp.max(s, axis=1, keepdims=True))
-                p = jnp.exp(s - lanes(m, s.shape[1]))
-                kept = jnp.exp(m_ref[...] - m)
+                p = jnp.exp2(s - lanes(m, s.shape[1]))
+                kept = jnp.exp2(m_ref[...] - m)
                 l_ref[...] = l_ref[...] * kept + jnp.sum(p, axis=1, keepdims=True)
                 m_ref[...] = m
                 acc_ref[...] = acc_ref[...] * lanes(kept, v_width) + dot(p.astype(v_ref.dtype), v_ref[keys, :], 1, 0)
@@ -66,7 +66,7 @@ def forward(
             some = m_ref[...] > HIDDEN / 2
             total = jnp.where(some, l_ref[...], 1.0)
             o_ref[...] = jnp.where(lanes(some, v_width), acc_ref[...] / lanes(total, v_width), 0).astype(o_ref.dtype)
-            lse_ref[...] = jnp.where(some, m_ref[...] + jnp.log(total), -jnp.inf).T[:1]
+            lse_ref[...] = jnp.where(some, m_ref[...] * (1 / LOG2_E) + jnp.log(total), -jnp.inf).T[:1]
 
     sinks_N1L = sinks_spec = None
     if sinks_N is not None:
@@ -103,8 +103,8 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v from those of the logits, ds = p (dp - delta)."""
     plan = Plan.of(q_BTNK, k_BSZK, v_BSZU, mask, tile)
-    # Where a query sees nothing, exp(s - lse) is then 0.
-    lse_BN1T = plan.queries(jnp.where(lse_BTN == -jnp.inf, jnp.inf, lse_BTN), fill=jnp.inf)[:, :, None]
+    # Where a query sees nothing, exp2(s - lse) is then 0.
+    lse_BN1T = plan.queries(jnp.where(lse_BTN == -jnp.inf, jnp.inf, lse_BTN), fill=jnp.inf)[:, :, None] * LOG2_E
     delta_BN1T = plan.queries(delta_BTN)[:, :, None]
     args = plan.queries(q_BTNK), plan.keys(k_BSZK), plan.keys(v_BSZU), plan.queries(dout_BTNU), lse_BN1T, delta_BN1T
     whole_dq = 4 * plan.group * plan.padded_queries * pl.cdiv(q_BTNK.shape[-1], LANES) * LANES
@@ -146,7 +146,7 @@ def _keys_backward(
                 shown = s = score(q, k)
                 if masked:
                     shown = score.hide(s, ids_ref, step, keys)
-                p = jnp.exp(shown - lse_ref[...])
+                p = jnp.exp2(shown - lse_ref[...])
                 dv_acc[keys, :] += dot(p.astype(do.dtype), do, 1, 0)
                 ds = p * (dot(v_ref[keys, :], do, 1, 1) - delta_ref[...]) * score.slope(s)
                 ds = ds.astype(q.dtype)
@@ -200,7 +200,7 @@ def _queries_backward(plan: Plan, args: tuple[jax.Array, ...], scale: float, sof
                 shown = s = score(q_ref[...], k)
                 if masked:
                     shown = score.hide(s, ids_ref, step, keys)
-                p = jnp.exp(shown - lanes(lse[...], s.shape[1]))
+                p = jnp.exp2(shown - lanes(lse[...], s.shape[1]))
                 dp = dot(do_ref[...], v_ref[keys, :], 1, 1)
                 ds = p * (dp - lanes(delta[...], s.shape[1])) * score.slope(s)
                 acc[...] += dot(ds.astype(k.dtype), k, 1, 0)

@@ -16,6 +16,7 @@ from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.select import Unsupported
 
 LANES = 128  # of a vector register
+LOG2_E = math.log2(math.e)  # exp2 is the instruction, exp one more product
 HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # a logit; not -inf, of which a difference is no number
 PASS, PARTLY, WHOLLY = range(3)  # what is visible of a tile
 SMEM_BYTES = 768 << 10  # for the list of tiles, of 1 MiB
@@ -348,19 +349,21 @@ class Walk:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """Logits of a tile: [queries, keys], or [keys, queries] if the walk is along keys."""
+    """Logits of a tile times LOG2_E: [queries, keys], or [keys, queries] if the walk is along keys."""
 
     walk: Walk
     scale: float
     softcap: float | None
 
     def __call__(self, q: jax.Array, k: jax.Array) -> jax.Array:
-        s = (dot(q, k, 1, 1) if self.walk.by_queries else dot(k, q, 1, 1)) * self.scale
-        return s if self.softcap is None else self.softcap * jnp.tanh(s * (1 / self.softcap))
+        s = dot(q, k, 1, 1) if self.walk.by_queries else dot(k, q, 1, 1)
+        if self.softcap is None:
+            return s * (self.scale * LOG2_E)
+        return (self.softcap * LOG2_E) * jnp.tanh(s * (self.scale / self.softcap))
 
     def slope(self, s: jax.Array) -> jax.Array | float:
         """Of the cap."""
-        return 1.0 if self.softcap is None else 1 - jnp.square(s * (1 / self.softcap))
+        return 1.0 if self.softcap is None else 1 - jnp.square(s * (1 / (self.softcap * LOG2_E)))
 
     def hide(self, s: jax.Array, ids: Ids, step: Step, keys: slice) -> jax.Array:
         """HIDDEN where a query does not see a key; `keys` are those of the block that `s` holds."""
