@@ -4,7 +4,6 @@ A block of threads takes 128 queries of one head: one warpgroup brings keys and 
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -124,8 +123,8 @@ def forward(
         b, n, w = (jax.lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         # The last queries first: if causal they see most keys, and blocks that see few fill the gaps at the end.
         first_row = (blocks - 1 - jax.lax.axis_index("block")) * (WARPGROUPS * ROWS)
-        ranges = band.key_tiles(first_row, WARPGROUPS * ROWS, tile.keys)
-        start, end = ranges[0][0], ranges[-1][1]
+        tiles = band.key_tiles(first_row, WARPGROUPS * ROWS, tile.keys)
+        start, *_, end = tiles
 
         def slot_of(step):
             return jax.lax.rem(step - start, jnp.int32(tile.stages))
@@ -158,7 +157,7 @@ def forward(
             plgpu.barrier_wait(q_here.at[w])
             q_ids = None if q_ids_smem is None else plgpu.layout_cast(q_ids_smem[w], PER_ROW)
 
-            def absorb(step, state, hide):
+            def absorb(step, state):
                 o, m, l = state
                 slot = slot_of(step)
                 plgpu.barrier_wait(k_here.at[slot])
@@ -168,8 +167,7 @@ def forward(
                 if q_ids is not None and kv_ids_smem is not None:
                     s = hide_other_segments(s, q_ids, kv_ids_smem.at[slot], -jnp.inf)
                 plgpu.barrier_arrive(k_free.at[slot])
-                if hide:
-                    s = band.hide(s, row, step * tile.keys, -jnp.inf)
+                s = band.hide(s, row, step, tiles, -jnp.inf)
                 new_m = jnp.maximum(m, jnp.max(s, axis=1) * to_log2)
                 kept = jnp.exp2(m - new_m)
                 p = jnp.exp2(s * to_log2 - across(new_m, s.shape))
@@ -186,9 +184,7 @@ def forward(
                 m = jnp.maximum(m, sink)
                 l = jnp.exp2(sink - m)
             state = full((ROWS, U), 0.0, TILE), m, l
-            for low, high, hide in ranges:
-                state = jax.lax.fori_loop(low, high, functools.partial(absorb, hide=hide), state)
-            o, m, l = state
+            o, m, l = jax.lax.fori_loop(start, end, absorb, state)
             some = l > 0
             l = jnp.where(some, l, 1.0)
             plgpu.barrier_arrive(all_free)  # the output leaves by way of the values' place

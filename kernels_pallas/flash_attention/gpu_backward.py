@@ -70,8 +70,9 @@ def choose_dq(K: int, U: int) -> BackwardTile:
     return BackwardTile(stages=2 if K + U <= 320 else 1)
 
 
-def choose_dk_dv(K: int, U: int) -> BackwardTile:
-    return BackwardTile(split=K + U >= 256)  # both of 128 fit, but with a mask they spill a little
+def choose_dk_dv(K: int, U: int, extras: bool) -> BackwardTile:
+    """extras: a softcap or segments, which take registers too."""
+    return BackwardTile(split=K + U + 64 * extras > 256)
 
 
 def backward(
@@ -103,7 +104,7 @@ def backward(
         groups=q_BTNK.shape[2] // k_BSZK.shape[2],
         args=(q_BTNK, k_BSZK, v_BSZU, dout_BTNU, lse_BNT, delta_BNT, *segment_ids(mask, rows, rows)),
     )
-    grads = call.dq(choose_dq(K, U)), *call.dk_dv(choose_dk_dv(K, U))
+    grads = call.dq(choose_dq(K, U)), *call.dk_dv(choose_dk_dv(K, U, softcap is not None or call.segmented))
     dq_BTNK, dk_BSZK, dv_BSZU = (a[:, : shape[1], :, : shape[3]] for a, shape in zip(grads, shapes, strict=True))
     return dq_BTNK, dk_BSZK, dv_BSZU
 
@@ -148,8 +149,8 @@ class _Call:
             ds_smem = refs.pop() if refs else None
             b, n, w = (jax.lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
             first_row = (blocks - 1 - jax.lax.axis_index("block")) * tile.own_rows
-            ranges = self.band.key_tiles(first_row, tile.own_rows, tile.rows)
-            start, end = ranges[0][0], ranges[-1][1]
+            tiles = self.band.key_tiles(first_row, tile.own_rows, tile.rows)
+            start, *_, end = tiles
 
             @pl.when(w == WARPGROUPS)
             def _bring():
@@ -179,32 +180,27 @@ class _Call:
                 if q_ids_smem is not None:
                     plgpu.copy_gmem_to_smem(ids_gmem[0].at[b, rows], q_ids_smem.at[w], own_here.at[w])
                 plgpu.barrier_wait(own_here.at[w])
-                lse, delta = (plgpu.layout_cast(a[w], PER_ROW) for a in (lse_smem, delta_smem))
                 q_ids = None if q_ids_smem is None else plgpu.layout_cast(q_ids_smem[w], PER_ROW)
 
-                def absorb(step, dq, hide):
+                def absorb(step, dq):
                     slot = jax.lax.rem(step - start, jnp.int32(tile.stages))
                     plgpu.barrier_wait(k_here.at[slot])
                     s = multiply(q_smem.at[w], k_smem.at[slot].T)
-                    p, slope = self.probabilities(s, across(lse, s.shape))
-                    if hide:
-                        p = self.band.hide(p, row, step * tile.rows, 0.0)
+                    # Registers are short: numbers of rows wait in their buffers.
+                    p, slope = self.probabilities(s, across(plgpu.layout_cast(lse_smem[w], PER_ROW), s.shape))
+                    p = self.band.hide(p, row, step, tiles, 0.0)
                     if q_ids is not None and kv_ids_smem is not None:
                         p = hide_other_segments(p, q_ids, kv_ids_smem.at[slot], 0.0)
                     plgpu.barrier_wait(v_here.at[slot])
-                    dp_delta = subtract_from_product(
-                        dout_smem.at[w], v_smem.at[slot].T, across(delta, p.shape), ds_smem is None
-                    )
-                    ds = p * dp_delta
+                    delta = across(plgpu.layout_cast(delta_smem[w], PER_ROW), p.shape)
+                    ds = p * subtract_from_product(dout_smem.at[w], v_smem.at[slot].T, delta, ds_smem is None)
                     ds = ds if slope is None else ds * slope
                     buffer = None if ds_smem is None else ds_smem.at[w]
                     dq = add_product(dq, ds.astype(dtype), k_smem.at[slot], buffer)
                     plgpu.barrier_arrive(free.at[slot])
                     return dq
 
-                dq = full((ROWS, K), 0.0, TILE)
-                for low, high, hide in ranges:
-                    dq = jax.lax.fori_loop(low, high, functools.partial(absorb, hide=hide), dq)
+                dq = jax.lax.fori_loop(start, end, absorb, full((ROWS, K), 0.0, TILE))
                 q_smem[w] = (dq * self.scale).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem.at[w], dq_gmem.at[b, rows, n])
@@ -254,8 +250,8 @@ class _Call:
             p_smem, ds_smem = take(2) if tile.in_shared_memory else (None, None)
             b, z, w = (jax.lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
             first_key = jax.lax.axis_index("block") * tile.own_rows  # if causal, the first keys have most queries
-            ranges = band.key_tiles(first_key, tile.own_rows, tile.rows)
-            start, end = ranges[0][0], ranges[-1][1]
+            tiles = band.key_tiles(first_key, tile.own_rows, tile.rows)
+            start, *_, end = tiles
 
             def number(g, step):
                 return g * (end - start) + step - start
@@ -294,14 +290,13 @@ class _Call:
                 plgpu.barrier_wait(own_here)
                 kv_ids = None if kv_ids_smem is None else plgpu.layout_cast(kv_ids_smem[mine], PER_ROW)
 
-                def absorb(step, sums, g, hide):
+                def absorb(step, sums, g):
                     sums = list(sums)
                     slot = jax.lax.rem(number(g, step), jnp.int32(tile.stages))
                     plgpu.barrier_wait(q_here.at[slot])
                     s = multiply(k_smem.at[mine], q_smem.at[slot].T)
                     p, slope = self.probabilities(s, down(plgpu.layout_cast(lse_smem[slot], PER_COLUMN), s.shape))
-                    if hide:
-                        p = band.hide(p, key, step * tile.rows, 0.0)
+                    p = band.hide(p, key, step, tiles, 0.0)
                     if kv_ids is not None and q_ids_smem is not None:
                         p = hide_other_segments(p, kv_ids, q_ids_smem.at[slot], 0.0)
                     plgpu.barrier_wait(dout_here.at[slot])
@@ -318,9 +313,7 @@ class _Call:
                     return tuple(sums)
 
                 def absorb_head(g, sums):
-                    for low, high, hide in ranges:
-                        sums = jax.lax.fori_loop(low, high, functools.partial(absorb, g=g, hide=hide), sums)
-                    return sums
+                    return jax.lax.fori_loop(start, end, functools.partial(absorb, g=g), sums)
 
                 sums = tuple(full((ROWS, width), 0.0, TILE) for width in [K] * want_dk + [U] * want_dv)
                 sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(self.groups), absorb_head, sums)

@@ -1,6 +1,7 @@
 """What the Hopper kernels of `flash_attention` share."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -70,8 +71,8 @@ class Band:
             num_keys=self.num_queries,
         )
 
-    def key_tiles(self, row: jax.Array, rows: int, keys: int) -> list[tuple[jax.Array, jax.Array, bool]]:
-        """Ranges of tiles of keys, in order and without gaps, that cover what queries [row, row + rows) see; which need a mask."""
+    def key_tiles(self, row: jax.Array, rows: int, keys: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Tiles of keys [a, d) cover what queries [row, row + rows) see; of these, all see the whole of each in [b, c)."""
         zero, end = jnp.int32(0), jnp.int32(self.num_keys)
         first, stop, whole_first, whole_stop = zero, end, zero, end
         if self.low is not None:
@@ -86,19 +87,28 @@ class Band:
         d = jnp.maximum(a, tile_of(stop, keys - 1))
         b = jnp.minimum(jnp.maximum(a, tile_of(whole_first, keys - 1)), d)
         c = jnp.minimum(jnp.maximum(b, tile_of(whole_stop, 0)), d)
-        left, right = self.low is not None, self.high is not None or self.num_keys % keys != 0
-        ranges = [(a, b, True)] * left + [(b if left else a, c if right else d, False)] + [(c, d, True)] * right
-        return ranges
+        return a, b, c, d
 
-    def hide(self, x: jax.Array, row: jax.Array, key: jax.Array, value: float) -> jax.Array:
-        """`value` where a query does not see a key, in a tile that starts at query `row` and `key`."""
-        columns = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE)
-        distance = columns - plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=TILE)
-        # One after the other: conditions of a whole tile take registers.
+    def hide(
+        self, x: jax.Array, row: jax.Array, tile: jax.Array, tiles: tuple[jax.Array, ...], value: float
+    ) -> jax.Array:
+        """`value` where a query does not see a key, of `x` for queries from `row` on and a tile of keys."""
+        if self.low is None and self.high is None and self.num_keys % x.shape[1] == 0:
+            return x
+        # One loop with a branch, not a loop for each kind of tile: those spill.
+        _, whole, partly, _ = tiles
+        hide = functools.partial(self._hide, row=row, key=tile * x.shape[1], value=value)
+        return jax.lax.cond((tile < whole) | (tile >= partly), hide, lambda x: x, x)
+
+    def _hide(self, x: jax.Array, row: jax.Array, key: jax.Array, value: float) -> jax.Array:
+        rows = plgpu.broadcasted_iota(jnp.int32, x.shape[:1], 0, layout=PER_ROW)
+        columns = plgpu.broadcasted_iota(jnp.int32, x.shape[1:], 0, layout=PER_COLUMN)
+        # Behind the barrier no compiler computes the columns before the loop and keeps them in registers.
+        columns = down(jax.lax.optimization_barrier(columns), x.shape)
         if self.low is not None:
-            x = jnp.where(distance >= row - key + self.low, x, value)
+            x = jnp.where(columns >= across(rows + (row - key + self.low), x.shape), x, value)
         if self.high is not None:
-            x = jnp.where(distance < row - key + self.high, x, value)
+            x = jnp.where(columns < across(rows + (row - key + self.high), x.shape), x, value)
         if self.num_keys % x.shape[1]:
             x = jnp.where(columns < self.num_keys - key, x, value)
         return x
