@@ -48,9 +48,7 @@ class Tile:
     stages: int
     qk_width: int
     v_width: int
-    in_shared_memory: bool = (
-        False  # probabilities, and sums outside of the instruction: slower, but JAX can interpret it
-    )
+    in_shared_memory: bool = False  # probabilities on their way, sums apart: slower, but JAX can interpret it
 
     def __post_init__(self):
         if self.keys % ROWS or not ROWS <= self.keys <= 256 or self.stages < WARPGROUPS:
@@ -70,7 +68,7 @@ class Tile:
         queries = WARPGROUPS * ROWS * self.qk_width
         probabilities = self.in_shared_memory * WARPGROUPS * ROWS * self.keys
         steps = self.stages * self.keys * (self.qk_width + self.v_width)
-        return 2 * (queries + probabilities + steps) + 4 * (self.stages * self.keys + 2 * WARPGROUPS * ROWS) + 1024
+        return 2 * (queries + probabilities + steps) + 5 * 1024  # logsumexp, segment ids and barriers
 
 
 def choose(K: int, U: int) -> Tile:

@@ -61,7 +61,7 @@ class BackwardTile:
     def check(self, K: int, U: int) -> None:
         """ValueError if it does not fit queries and keys of width K and values of width U."""
         scratch = self.in_shared_memory * 2 * WARPGROUPS * ROWS * self.rows
-        bytes_ = (self.own_rows + self.stages * self.rows) * (2 * (K + U) + 12) + 2 * scratch + 1024
+        bytes_ = (self.own_rows + self.stages * self.rows) * (2 * (K + U) + 12) + 2 * scratch + 5 * 1024
         if bytes_ > SHARED_MEMORY:
             raise ValueError(f"{self} needs {bytes_} bytes of shared memory; a block has {SHARED_MEMORY}")
 
