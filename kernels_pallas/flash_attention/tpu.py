@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_attention.mask import Mask
-from kernels_pallas.flash_attention.tpu_walk import HIDDEN, LANES, LOG2_E, Plan, Score, Tile, Walk, dot, lanes
+from kernels_pallas.flash_attention.tpu_plan import LANES, Plan, Tile
+from kernels_pallas.flash_attention.tpu_walk import HIDDEN, LOG2_E, Score, Walk, dot, lanes
 
 WHOLE_DQ_BYTES = 16 << 20  # of VMEM that the dq of all queries may take
 
