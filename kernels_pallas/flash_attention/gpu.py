@@ -164,6 +164,7 @@ def forward(
                     s = tanh(s * (scale / softcap))
                 if q_ids is not None and kv_ids_smem is not None:
                     s = hide_other_segments(s, q_ids, kv_ids_smem.at[slot], -jnp.inf)
+                    plgpu.commit_smem()  # what TMA overwrites has been read
                 plgpu.barrier_arrive(k_free.at[slot])
                 s = band.hide(s, row, step, tiles, -jnp.inf)
                 new_m = jnp.maximum(m, jnp.max(s, axis=1) * to_log2)

@@ -60,7 +60,7 @@ class BackwardTile:
 
     def check(self, K: int, U: int) -> None:
         """ValueError if it does not fit queries and keys of width K and values of width U."""
-        scratch = self.in_shared_memory * 2 * WARPGROUPS * ROWS * self.rows
+        scratch = self.in_shared_memory * WARPGROUPS * ROWS * self.rows
         bytes_ = (self.own_rows + self.stages * self.rows) * (2 * (K + U) + 12) + 2 * scratch + 5 * 1024
         if bytes_ > SHARED_MEMORY:
             raise ValueError(f"{self} needs {bytes_} bytes of shared memory; a block has {SHARED_MEMORY}")
@@ -146,8 +146,8 @@ class _Call:
             own_here, k_here, v_here, free = take(4)
             q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem = take(6)
             q_ids_smem, kv_ids_smem = take(2) if self.segmented else (None, None)
-            ds_smem = refs.pop() if refs else None
             b, n, w = (jax.lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+            buffer = refs.pop().at[w] if refs else None
             first_row = (blocks - 1 - jax.lax.axis_index("block")) * tile.own_rows
             tiles = self.band.key_tiles(first_row, tile.own_rows, tile.rows)
             start, *_, end = tiles
@@ -193,10 +193,11 @@ class _Call:
                         p = hide_other_segments(p, q_ids, kv_ids_smem.at[slot], 0.0)
                     plgpu.barrier_wait(v_here.at[slot])
                     delta = across(plgpu.layout_cast(delta_smem[w], PER_ROW), p.shape)
-                    ds = p * subtract_from_product(dout_smem.at[w], v_smem.at[slot].T, delta, ds_smem is None)
+                    ds = p * subtract_from_product(dout_smem.at[w], v_smem.at[slot].T, delta, buffer is None)
                     ds = ds if slope is None else ds * slope
-                    buffer = None if ds_smem is None else ds_smem.at[w]
                     dq = add_product(dq, ds.astype(dtype), k_smem.at[slot], buffer)
+                    if self.segmented:
+                        plgpu.commit_smem()  # what TMA overwrites has been read
                     plgpu.barrier_arrive(free.at[slot])
                     return dq
 
@@ -221,7 +222,7 @@ class _Call:
                 smem((tile.stages, tile.rows, U), dtype),
                 *[plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)] * 2,
                 *(ids if self.segmented else ()),
-                *([smem((WARPGROUPS, ROWS, tile.rows), dtype)] if tile.in_shared_memory else []),
+                *[smem((WARPGROUPS, ROWS, tile.rows), dtype)] * tile.in_shared_memory,
             ],
             grid=(batch, heads, blocks),
             grid_names=("batch", "head", "block"),
@@ -247,8 +248,8 @@ class _Call:
             own_here, q_here, dout_here, free, all_free = take(5)
             k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem = take(6)
             kv_ids_smem, q_ids_smem = take(2) if self.segmented else (None, None)
-            p_smem, ds_smem = take(2) if tile.in_shared_memory else (None, None)
             b, z, w = (jax.lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+            buffer = refs.pop().at[w] if refs else None
             first_key = jax.lax.axis_index("block") * tile.own_rows  # if causal, the first keys have most queries
             tiles = band.key_tiles(first_key, tile.own_rows, tile.rows)
             start, *_, end = tiles
@@ -301,14 +302,13 @@ class _Call:
                         p = hide_other_segments(p, kv_ids, q_ids_smem.at[slot], 0.0)
                     plgpu.barrier_wait(dout_here.at[slot])
                     if want_dv:
-                        buffer = None if p_smem is None else p_smem.at[w]
                         sums[-1] = add_product(sums[-1], p.astype(dtype), dout_smem.at[slot], buffer)
                     if want_dk:
                         delta = down(plgpu.layout_cast(delta_smem[slot], PER_COLUMN), p.shape)
-                        ds = p * subtract_from_product(v_smem.at[mine], dout_smem.at[slot].T, delta, ds_smem is None)
+                        ds = p * subtract_from_product(v_smem.at[mine], dout_smem.at[slot].T, delta, buffer is None)
                         ds = ds if slope is None else ds * slope
-                        buffer = None if ds_smem is None else ds_smem.at[w]
                         sums[0] = add_product(sums[0], ds.astype(dtype), q_smem.at[slot], buffer)
+                    plgpu.commit_smem()  # what TMA overwrites has been read
                     plgpu.barrier_arrive(free.at[slot])
                     return tuple(sums)
 
@@ -353,7 +353,7 @@ class _Call:
                 smem((tile.stages, tile.rows, U), dtype),
                 *[plgpu.SMEM((tile.stages, tile.rows), jnp.float32)] * 2,
                 *(ids if self.segmented else ()),
-                *[smem((WARPGROUPS, ROWS, tile.rows), dtype)] * (2 * tile.in_shared_memory),
+                *[smem((WARPGROUPS, ROWS, tile.rows), dtype)] * tile.in_shared_memory,
             ],
             grid=(batch, kv_heads, length // tile.own_rows),
             grid_names=("batch", "head", "block"),
