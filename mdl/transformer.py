@@ -90,25 +90,25 @@ class Transformer(nnx.Module):
 
     def empty_cache(self, batch: int, length: int) -> dict[str, Any]:
         """One buffer per layer; those of the stack have a leading layer axis."""
-        apart = isinstance(self.stack, nnx.Dict)
-        layer = next(iter(self.stack.values())) if apart else self.stack
+        stack = self.stack
+        layer = next(iter(stack.values())) if isinstance(stack, nnx.Dict) else stack
         one = layer.attention.empty_cache(batch, length, self.precision.compute_dtype)
 
         def each(names: Iterable[str]) -> dict[str, Cache]:
             return {i: jax.tree.map(jnp.copy, one) for i in names}
 
-        if apart:
-            return {"prefix": each(self.prefix), "stack": each(self.stack)}
+        if isinstance(stack, nnx.Dict):
+            return {"prefix": each(self.prefix), "stack": each(stack)}
         depth = self.config.num_hidden_layers - self.config.num_prefix_layers
-        stack = jax.tree.map(lambda buffer: jnp.zeros((depth, *buffer.shape), buffer.dtype), one)
-        return {"prefix": each(self.prefix), "stack": stack}
+        stacked = jax.tree.map(lambda buffer: jnp.zeros((depth, *buffer.shape), buffer.dtype), one)
+        return {"prefix": each(self.prefix), "stack": stacked}
 
     def with_layers_apart(self) -> "Transformer":
         """The same model, each layer of the stack with its own parameters: nothing is sliced, and nothing scanned."""
         graph, state = nnx.split(self.stack)
         depth = self.config.num_hidden_layers - self.config.num_prefix_layers
 
-        def layer(i: int) -> Block:
+        def layer(i: int) -> nnx.Module:
             return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], state))
 
         model = nnx.merge(*nnx.split(self))
@@ -141,7 +141,7 @@ class Transformer(nnx.Module):
 
     def _run_stack(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, BlockStats | None, Any]:
         if isinstance(self.stack, nnx.Dict):
-            return self._run_apart(x_BTD, context, cache)
+            return self._run_apart(self.stack, x_BTD, context, cache)
         graph, state = nnx.split(self.stack)
 
         def layer(x_BTD, layer_state_and_cache):
@@ -161,14 +161,15 @@ class Transformer(nnx.Module):
         return x_BTD, stats, cache
 
     def _run_apart(
-        self, x_BTD: jax.Array, context: Context, cache: dict[str, Cache] | None
+        self, layers: nnx.Dict, x_BTD: jax.Array, context: Context, cache: dict[str, Cache] | None
     ) -> tuple[jax.Array, BlockStats | None, dict[str, Cache | None] | None]:
-        stats, new_cache = [], {}
-        for i, layer in self.stack.items():
+        stats: list[BlockStats | None] = []
+        new_cache: dict[str, Cache | None] = {}
+        for i, layer in layers.items():
             run = _remat(lambda x_BTD, cache, layer=layer: layer(x_BTD, context, cache), self.config.remat)
             x_BTD, layer_stats, new_cache[i] = run(x_BTD, cache and cache[i])
             stats.append(layer_stats)
-        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats), cache and new_cache
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats), None if cache is None else new_cache
 
     def predict_ahead(
         self, hidden_BTD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array

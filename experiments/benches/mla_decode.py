@@ -78,7 +78,8 @@ def measure_shape(flags: MlaDecodeFlags, name: str, shape: Shape, storage: str) 
     if flags.plain:
         contiguous = LatentCache(latent, rope)
         runs["plain", None] = functools.partial(jax.jit(plain), q_latent, q_rope, contiguous, lengths)
-    for implementation in ("xla", *(i for i in BACK_ENDS if i == jax.default_backend())):
+    implementations: tuple[Any, ...] = ("xla", *(i for i in BACK_ENDS if i == jax.default_backend()))
+    for implementation in implementations:
         for splits in flags.splits:
             run = jax.jit(functools.partial(mla_decode, scale=SCALE, splits=splits, implementation=implementation))
             run = functools.partial(run, q_latent, q_rope, cache, lengths)
