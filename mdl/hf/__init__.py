@@ -36,6 +36,7 @@ FAMILIES: dict[str, Family] = {
     "llama": llama,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
+    "kimi_k2": deepseek_v3,  # the same files under another name
 }
 
 

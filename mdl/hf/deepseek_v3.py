@@ -1,4 +1,4 @@
-"""DeepSeek-V3, R1, V3.1 and what else has this model type (Kimi-K2): MLA, sigmoid router with bias, shared experts, MTP.
+"""DeepSeek-V3, R1, V3.1, and Kimi-K2, whose files call it kimi_k2: MLA, sigmoid router with bias, shared experts, MTP.
 
 MTP module k is stored as layer num_hidden_layers + k, with copies of embedding and head that nobody reads back.
 """

@@ -8,6 +8,7 @@ import pytest
 from mdl import hf
 from mdl.attention.gqa import GqaConfig
 from mdl.attention.mla import MlaConfig
+from mdl.hf import deepseek_v3, fp8
 from mdl.rope import Llama3RopeConfig, RopeConfig, YarnConfig
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
@@ -94,6 +95,32 @@ def test_deepseek_v3_as_published():
     assert config.moe.router.n_group == 8 and config.moe.router.topk_group == 4
     assert config.mtp is not None and config.mtp.num_nextn_predict_layers == 1
     assert config.precision.param == config.precision.compute == "bfloat16"
+
+
+@pytest.mark.parametrize("model_type", ["kimi_k2", "deepseek_v3"])
+def test_kimi_k2_is_a_deepseek_v3(model_type):
+    config_json = DEEPSEEK_V3 | {
+        "model_type": model_type,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 131072,
+        "n_group": 1,
+        "n_routed_experts": 384,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "num_nextn_predict_layers": 0,
+        "quantization_config": fp8.quantization_config(),
+        "rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.827,
+        "topk_group": 1,
+        "vocab_size": 163840,
+    }
+    config = hf.model_config(config_json)
+    assert config.moe is not None and config.moe.router.n_routed_experts == 384 and config.mtp is None
+    assert config.attention.rope == YarnConfig(
+        rope_theta=5e4, factor=32.0, beta_fast=1.0, mscale=1.0, mscale_all_dim=1.0
+    )
+    assert hf.family(config_json) is deepseek_v3
 
 
 def test_qwen3_30b_a3b_as_published():
