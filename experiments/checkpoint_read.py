@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,7 @@ def _attempt(path, wanted: Wanted) -> Restored | Exception:
         for name, checksum in layers_on_disk.checksums(result.state).items()
         if meta["arrays"][name][0] == str(arrays[name].dtype) and meta["arrays"][name][2] != checksum
     ]
-    return OSError(f"changed on disk: {_some(changed)}") if changed else result
+    return OSError(f"changed on disk: {some(changed)}") if changed else result
 
 
 def _read(path, meta: dict, wanted: Wanted, arrays: dict) -> Restored:
@@ -227,7 +227,7 @@ def _check_same_model(path, wanted: dict, stored: dict, how: Wanted) -> None:
             if not how.cast and name in stored and stored[name][0] != str(leaf.dtype)
         ],
     }
-    found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
+    found = [f"{len(names)} {kind} ({some(names)})" for kind, names in problems.items() if names]
     if found:
         raise UserError(f"{path}: this checkpoint was written with another model config: arrays {', '.join(found)}")
 
@@ -301,7 +301,8 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few of many names."""
     return ", ".join(names[:_NAMES_IN_MESSAGE]) + (", ..." if len(names) > _NAMES_IN_MESSAGE else "")
 
 

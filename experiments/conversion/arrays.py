@@ -1,7 +1,6 @@
 """Sizes and sums of tensors."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,8 +23,3 @@ def split(length: int, limit: int) -> list[range]:
     parts = max(1, math.ceil(length / max(limit, 1)))
     step = max(1, math.ceil(length / parts))
     return [range(begin, min(begin + step, length)) for begin in range(0, max(length, 1), step)]
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

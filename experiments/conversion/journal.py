@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from experiments.errors import UserError
+from mdl.hf.safetensors_write import sync_directory
 
 _SUFFIX = ".converting"
 
@@ -73,9 +74,9 @@ class Workspace:
                 return
             yield True
             for directory, _, _ in os.walk(self.result):
-                _sync(pathlib.Path(directory))
+                sync_directory(directory)
             self.result.rename(self._to)  # also in the place of an empty directory
-            _sync(self._to.parent)
+            sync_directory(self._to.parent)
             self.remove()
 
     def remove(self) -> None:
@@ -126,11 +127,3 @@ class Journal:
 
 def _holds_something(directory: pathlib.Path) -> bool:
     return directory.is_dir() and any(directory.iterdir())
-
-
-def _sync(directory: pathlib.Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from experiments.checkpoint_read import find_step, read_config, read_sizes
-from experiments.conversion.arrays import num_bytes, some
+from experiments.checkpoint_read import find_step, read_config, read_sizes, some
+from experiments.conversion.arrays import num_bytes
 from experiments.conversion.copies import find_copies
 from experiments.conversion.layouts import MATRIX
 from experiments.conversion.naming import NamedTensor, name_tensors

@@ -123,7 +123,7 @@ class ShardWriter:
                 os.fsync(self._descriptor)
                 self._partial.rename(self.file)
         os.close(self._descriptor)
-        _sync_directory(self.file.parent)
+        sync_directory(self.file.parent)
 
     def _check_complete(self) -> None:
         missing = [name for name, size in self.shard.entries.items() if self._written[name] != num_bytes(*size)]
@@ -155,7 +155,7 @@ def write_index(directory: str | os.PathLike, shards: Sequence[Shard]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.rename(file)
-    _sync_directory(file.parent)
+    sync_directory(file.parent)
 
 
 def _header(shard: Shard) -> tuple[bytes, dict[str, int]]:
@@ -190,7 +190,8 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-def _sync_directory(directory: pathlib.Path) -> None:
+def sync_directory(directory: str | os.PathLike) -> None:
+    """Makes the names in a directory last."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
