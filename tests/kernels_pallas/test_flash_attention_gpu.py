@@ -82,7 +82,9 @@ def test_edges(name, interpretable):
 
 def features_in_pairs():
     # The sum over bfloat16 outputs in api.py, the same to the last digit with XLA.
-    rounded = pytest.mark.xfail(reason="dsinks of this case has four times the error of the plain computation")
+    rounded = pytest.mark.xfail(
+        strict=True, reason="dsinks of this case has four times the error of the plain computation"
+    )
     for case in all_pairs():
         name = f"{case.dims}-{case.heads}"
         if max(case.dims) <= 256:
