@@ -10,71 +10,28 @@ import numpy as np
 import pytest
 from harness import ways
 from jax.sharding import PartitionSpec as P
+from mla_decode_cases import SCALE, Case, Rows, check, check_bfloat16, normal, truth
 
 from kernels_pallas import Unsupported
 from kernels_pallas.mla_decode import Fp8LatentCache, LatentCache, combine, mla_decode
 from kernels_pallas.mla_decode.xla import BLOCK
 
-SCALE = 0.11
 PAGE = 64
 CAPACITY = 10 * PAGE  # more than one block, and no whole number of them
 LENGTHS = np.array([0, 1, 2, PAGE, PAGE + 1, BLOCK, BLOCK + 3, CAPACITY], np.int32)
 B, N, C, R = len(LENGTHS), 3, 128, 8
 assert CAPACITY % BLOCK
 
-
-def normal(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+FILLED = Case(lengths=tuple(LENGTHS.tolist()), capacity=CAPACITY, heads=N, widths=(C, R))
 
 
-def queries(T: int, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
-    return normal(B, T, N, C, dtype=dtype), normal(B, T, N, R, seed=1, dtype=dtype)
+def queries(T: int) -> tuple[np.ndarray, np.ndarray]:
+    return dataclasses.replace(FILLED, queries=T).q
 
 
-def filled(dtype=np.float32) -> LatentCache:
+def filled() -> LatentCache:
     """NaN behind every row's length: nothing of it may be seen."""
-    latent, rope = normal(B, CAPACITY, C, seed=2, dtype=dtype), normal(B, CAPACITY, R, seed=3, dtype=dtype)
-    for b, length in enumerate(LENGTHS):
-        latent[b, length:] = rope[b, length:] = np.nan
-    return LatentCache(latent, rope)  # pyright: ignore[reportArgumentType]
-
-
-def paged(*arrays: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """The same slots in shuffled pages, and a table with numbers that are none behind a row's last page."""
-    pages = CAPACITY // PAGE
-    numbers = np.random.default_rng(4).permutation(B * pages).reshape(B, pages)
-    stored = []
-    for a in arrays:
-        shuffled = np.empty((B * pages, PAGE, a.shape[-1]), a.dtype)
-        shuffled[numbers] = np.asarray(a).reshape(B, pages, PAGE, a.shape[-1])
-        stored.append(shuffled)
-    table = numbers.astype(np.int32)
-    for b, length in enumerate(LENGTHS):
-        table[b, -(-length // PAGE) :] = [-1, 10**6][b % 2]
-    return stored, table
-
-
-def truth(q_latent, q_rope, latent, rope, lengths=LENGTHS) -> tuple[np.ndarray, np.ndarray]:
-    """One row, query and head at a time, over exactly the positions that are seen."""
-    T = q_latent.shape[1]
-    out, lse = np.zeros(q_latent.shape), np.full(q_latent.shape[:3], -np.inf)
-    for b, t, n in np.ndindex(*q_latent.shape[:3]):
-        seen = int(lengths[b]) - T + t + 1
-        if seen < 1:
-            continue
-        keys, rotary = latent[b, :seen].astype(np.float64), rope[b, :seen].astype(np.float64)
-        s = SCALE * (keys @ q_latent[b, t, n].astype(np.float64) + rotary @ q_rope[b, t, n].astype(np.float64))
-        p = np.exp(s - s.max())
-        out[b, t, n] = p @ keys / p.sum()
-        lse[b, t, n] = s.max() + np.log(p.sum())
-    return out, lse
-
-
-def check(got, want, tolerance=2e-5):
-    """Float32: sums of 136 products and of 640 weights, each a few ULPs off."""
-    for g, w in zip(got, want, strict=True):
-        assert not np.isnan(np.asarray(g, np.float32)).any()
-        np.testing.assert_allclose(np.asarray(g, np.float64), w, rtol=tolerance, atol=tolerance)
+    return LatentCache(*FILLED.stored)  # pyright: ignore[reportArgumentType]
 
 
 all_ways = pytest.mark.parametrize("way", ways("reference", "xla"), ids=str)
@@ -84,19 +41,15 @@ run = functools.partial(mla_decode, scale=SCALE)
 @all_ways
 @pytest.mark.parametrize("T", [1, 2, 3, 4])
 def test_values(T, way):
-    cache = filled()
-    check(way.run(run, *queries(T), cache, LENGTHS), truth(*queries(T), cache.latent, cache.rope))
+    case = dataclasses.replace(FILLED, queries=T)
+    check(way.run(run, *case.args), case.truth())
 
 
 @all_ways
 @pytest.mark.parametrize("T", [1, 3])
 def test_pages_in_any_order_equal_one_piece(T, way):
-    cache = filled()
-    (latent, rope), table = paged(cache.latent, cache.rope)
-    check(
-        way.run(run, *queries(T), LatentCache(latent, rope, table), LENGTHS),
-        truth(*queries(T), cache.latent, cache.rope),
-    )
+    case = dataclasses.replace(FILLED, queries=T, page=PAGE)
+    check(way.run(run, *case.args), case.truth())
 
 
 @pytest.mark.parametrize("page", [1, 24, 640])
@@ -125,76 +78,26 @@ def test_a_length_beyond_the_capacity_sees_all():
 
 @all_ways
 def test_bfloat16(way):
-    """At most twice the error of the plain computation in bfloat16 with float32 sums."""
-    bf16 = ml_dtypes.bfloat16
-    q, cache = queries(2, bf16), filled(bf16)
-    want, want_lse = truth(*q, cache.latent, cache.rope)
-    out, lse = way.run(run, *q, cache, LENGTHS)
-    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
-    b = B - 1  # the one row that is full
-    f32 = {"preferred_element_type": jnp.float32}
-    s = jnp.einsum("TNC,SC->TNS", q[0][b], cache.latent[b], **f32)
-    s = SCALE * (s + jnp.einsum("TNR,SR->TNS", q[1][b], cache.rope[b], **f32))
-    s = jnp.where(jnp.arange(CAPACITY) < CAPACITY - 1 + jnp.arange(2)[:, None, None], s, -jnp.inf)
-    p = jax.nn.softmax(s, axis=-1).astype(jnp.bfloat16)
-    plain = jnp.einsum("TNS,SC->TNC", p, cache.latent[b], **f32).astype(jnp.bfloat16)
-    plain_error = np.abs(np.asarray(plain, np.float64) - want[b]).max()
-    assert plain_error > 1e-5
-    assert np.abs(np.asarray(out[b], np.float64) - want[b]).max() <= 2 * plain_error
-    # Products of bfloat16 are exact in float32, so the logits are those of float32.
-    check([lse], [want_lse])
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """FP8 rows read with NumPy as V3.2 lays them out: C e4m3, C / 128 float32, R bfloat16."""
-
-    rows: np.ndarray
-
-    @property
-    def latent(self) -> np.ndarray:
-        data = self.rows[..., :C].copy().view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-        return data * self.scale.astype(np.float64)
-
-    @property
-    def scale(self) -> np.ndarray:
-        return self.rows[..., C : C + 4].copy().view(np.float32)
-
-    @property
-    def rope(self) -> np.ndarray:
-        return self.rows[..., C + 4 :].copy().view(ml_dtypes.bfloat16)
-
-
-@functools.cache
-def packed(ue8m0: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(latent, rope, rows), NaN bytes behind the lengths."""
-    latent, rope = normal(B, CAPACITY, C, seed=2), normal(B, CAPACITY, R, seed=3)
-    rows = np.array(Fp8LatentCache.pack(jnp.asarray(latent), jnp.asarray(rope), ue8m0=ue8m0).rows)
-    for b, length in enumerate(LENGTHS):
-        rows[b, length:] = 0x7F
-    return latent, rope, rows
+    case = dataclasses.replace(FILLED, queries=2, dtype=ml_dtypes.bfloat16)
+    check_bfloat16(case, way.run(run, *case.args))
 
 
 @all_ways
 @pytest.mark.parametrize("ue8m0", [False, True])
 @pytest.mark.parametrize("in_pages", [False, True])
 def test_fp8(in_pages, ue8m0, way):
-    latent, rope, rows = packed(ue8m0)
-    cache = Fp8LatentCache(jnp.asarray(rows), C)
-    if in_pages:
-        (stored,), table = paged(rows)
-        cache = Fp8LatentCache(jnp.asarray(stored), C, jnp.asarray(table))
-    out, lse = way.run(run, *queries(2), cache, LENGTHS)
-    read = Rows(rows)
-    check((out, lse), truth(*queries(2), read.latent, read.rope))  # what the bytes say, exactly
+    case = dataclasses.replace(FILLED, queries=2, fp8=True, ue8m0=ue8m0, page=PAGE if in_pages else None)
+    out, lse = way.run(run, *case.args)
+    check((out, lse), case.truth())  # what the bytes say, exactly
 
     # Against what was packed: e4m3 has 3 bits of fraction, so a value moves by at most 2**-4 of itself, or by half of the least
     # subnormal, 2**-10 of a scale; the rotary key by 2**-9. Logits move by the sum of these times |q|, weights by the factor
     # exp(2 * that), so the output by (exp(2 * that) - 1) times the largest value, plus the largest change of a value.
-    want, _ = truth(*queries(2), latent, rope)
+    latent, rope = case.written
+    want, _ = truth(*case.q, latent, rope, LENGTHS)
     b = B - 1
-    change = np.maximum(np.abs(latent[b]) / 16, read.scale[b] / 1024)
-    q_latent, q_rope = (np.abs(q[b]) for q in queries(2))
+    change = np.maximum(np.abs(latent[b]) / 16, Rows(case.stored[0], C).scale[b] / 1024)
+    q_latent, q_rope = (np.abs(q[b]) for q in case.q)
     moved = np.einsum("tnc,sc->tns", q_latent, change) + np.einsum("tnr,sr->tns", q_rope, np.abs(rope[b]) / 512)
     bound = np.expm1(2 * SCALE * moved.max(-1, keepdims=True)) * np.abs(latent[b]).max() + change.max()
     assert np.all(np.abs(out[b] - want[b]) <= bound)
@@ -250,7 +153,7 @@ def test_vmap():
         q_latent[None], q_rope[None], LatentCache(latent[None], rope[None]), length[None]
     )
     out, lse = jax.jit(jax.vmap(one))(*q, cache.latent, cache.rope, LENGTHS)
-    check((out[:, 0], lse[:, 0]), truth(*q, cache.latent, cache.rope))
+    check((out[:, 0], lse[:, 0]), truth(*q, cache.latent, cache.rope, LENGTHS))
 
 
 def test_rows_and_heads_on_devices():
@@ -261,7 +164,7 @@ def test_rows_and_heads_on_devices():
     with jax.set_mesh(mesh):
         local = jax.shard_map(run, in_specs=(heads, heads, rows, rows), out_specs=(heads, heads))
         got = jax.jit(local)(*q, cache, LENGTHS)
-    check(got, truth(*q, cache.latent, cache.rope))
+    check(got, truth(*q, cache.latent, cache.rope, LENGTHS))
 
 
 def test_parts_of_the_cache_on_devices_combine():
@@ -278,7 +181,7 @@ def test_parts_of_the_cache_on_devices_combine():
     with jax.set_mesh(mesh):
         split = jax.shard_map(local, in_specs=(P(), P(), P(None, "parts"), P()), out_specs=P("parts"))
         out, lse = (np.asarray(a) for a in jax.jit(split)(*q, cache, LENGTHS))
-    check(combine(list(zip(out, lse, strict=True))), truth(*q, cache.latent, cache.rope))
+    check(combine(list(zip(out, lse, strict=True))), truth(*q, cache.latent, cache.rope, LENGTHS))
 
 
 def test_a_mostly_empty_cache_costs_little():
