@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,17 @@ class Mask:
                 f"mask: selected_BTS must be bool [{batch}, {num_queries}, {num_keys}], got {selected.dtype} "
                 f"{list(selected.shape)}"
             )
+
+    def near(self, q: Any, kv: Any) -> tuple[Any, Any]:
+        """Whether some and whether all keys are near enough, by the least and greatest positions [..., 2] of both sides."""
+        some, every = True, True
+        if self.right is not None:
+            some &= kv[..., 0] <= q[..., 1] + self.right
+            every &= kv[..., 1] <= q[..., 0] + self.right
+        if self.left is not None:
+            some &= kv[..., 1] >= q[..., 0] - self.left
+            every &= kv[..., 0] >= q[..., 1] - self.left
+        return some, every
 
     def array(self, batch: int, num_queries: int, num_keys: int) -> jax.Array:
         """The whole as bool [B, T, S]: the specification, for tests and short sequences."""

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.flash_attention.ids import Ids
 from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.select import Unsupported
 
@@ -36,15 +37,6 @@ class Tile:
         keys = _even(num_keys, most)
         halves = keys > 512 and keys % (2 * LANES) == 0
         return cls(queries=_even(num_queries, most), keys=keys, keys_at_once=keys // 2 if halves else keys)
-
-
-class Ids(NamedTuple):
-    """What a mask compares beside indices, of both sides: arrays, their blocks or their refs."""
-
-    q_segments: Any = None
-    kv_segments: Any = None
-    q_positions: Any = None
-    kv_positions: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,15 +110,7 @@ class Plan:
     @functools.cached_property
     def ids(self) -> Ids:
         """[B, T] and [B, S]; what is padded is in no segment."""
-        mask, T, S = self.mask, self.padded_queries, self.padded_keys
-        found = Ids()
-        if mask.q_segment_ids_BT is not None and mask.kv_segment_ids_BS is not None:
-            q, kv = _pad(mask.q_segment_ids_BT, T, 1), _pad(mask.kv_segment_ids_BS, S, 1)
-            found = found._replace(q_segments=q.astype(jnp.int32), kv_segments=kv.astype(jnp.int32))
-        if mask.ordered and mask.q_positions_BT is not None and mask.kv_positions_BS is not None:
-            q, kv = _pad(mask.q_positions_BT, T, 1, mode="edge"), _pad(mask.kv_positions_BS, S, 1, mode="edge")
-            found = found._replace(q_positions=q.astype(jnp.int32), kv_positions=kv.astype(jnp.int32))
-        return found
+        return Ids.of(self.mask, self.padded_queries, self.padded_keys)
 
     def kinds_by_indices(self) -> np.ndarray:
         """What is visible of each tile [blocks of queries, blocks of keys], as far as indices say."""
@@ -138,39 +122,15 @@ class Plan:
         if mask.ordered and mask.q_positions_BT is None:
             q_i2 = (mask.q_offset or 0) + i[:, None] * tile.queries + np.array([0, tile.queries - 1])
             kv_j2 = j[:, None] * tile.keys + np.array([0, tile.keys - 1])
-            some, every = self._near(q_i2[:, None], kv_j2[None])
+            some, every = mask.near(q_i2[:, None], kv_j2[None])
             some_ij, all_ij = some_ij & some, all_ij & every
         return np.where(some_ij, np.where(all_ij, WHOLLY, PARTLY), PASS).astype(np.int32)
 
     def kinds_by_ids(self, q_blocks: np.ndarray, kv_blocks: np.ndarray) -> jax.Array:
         """What is visible of these tiles in each row of the batch [B, tiles], as far as positions and segments say."""
-
-        def extremes(a_BT: jax.Array, size: int, blocks: np.ndarray) -> jax.Array:
-            a_Bis = a_BT.reshape(a_BT.shape[0], -1, size)
-            return jnp.stack([a_Bis.min(-1), a_Bis.max(-1)], -1)[:, blocks]
-
-        some, every, tile = True, True, self.tile
-        if self.ids.q_positions is not None:
-            q = extremes(self.ids.q_positions, tile.queries, q_blocks)
-            kv = extremes(self.ids.kv_positions, tile.keys, kv_blocks)
-            some, every = self._near(q, kv)
-        if self.ids.q_segments is not None:
-            q = extremes(self.ids.q_segments, tile.queries, q_blocks)
-            kv = extremes(self.ids.kv_segments, tile.keys, kv_blocks)
-            some &= (kv[..., 0] <= q[..., 1]) & (kv[..., 1] >= q[..., 0]) & (q != 0).any(-1) & (kv != 0).any(-1)
-            every &= (q == kv).all(-1) & (q[..., 0] == q[..., 1]) & (q[..., 0] != 0)
+        sizes = self.tile.queries, self.tile.keys
+        some, every = self.ids.seen(self.mask, sizes, (q_blocks, kv_blocks))
         return jnp.where(some, jnp.where(every, WHOLLY, PARTLY), PASS).astype(jnp.int32)
-
-    def _near(self, q: Any, kv: Any) -> tuple[Any, Any]:
-        """Whether some and whether all keys are near enough, by the least and greatest positions [..., 2] of both sides."""
-        some, every = True, True
-        if self.mask.right is not None:
-            some &= kv[..., 0] <= q[..., 1] + self.mask.right
-            every &= kv[..., 1] <= q[..., 0] + self.mask.right
-        if self.mask.left is not None:
-            some &= kv[..., 1] >= q[..., 0] - self.mask.left
-            every &= kv[..., 0] >= q[..., 1] - self.mask.left
-        return some, every
 
 
 def _ceil(length: int, size: int) -> int:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.flash_attention.tpu_plan import LANES, PARTLY, PASS, WHOLLY, Ids, Plan
+from kernels_pallas.flash_attention.ids import Ids
+from kernels_pallas.flash_attention.tpu_plan import LANES, PARTLY, PASS, WHOLLY, Plan
 from kernels_pallas.select import Unsupported
 
 LOG2_E = math.log2(math.e)  # exp2 is the instruction, exp one more product
