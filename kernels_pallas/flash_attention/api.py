@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas.flash_attention import reference, xla
 from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.select import LazyModule, select
+from kernels_pallas.vary import vary_alike
 
 SAVED_NAMES = ("attention_out", "attention_lse")  # with these kept, no remat policy makes the forward pass run twice
 
@@ -81,8 +82,7 @@ def flash_attention(
     """
     _check(q_BTNK, k_BSZK, v_BSZU, mask, scale, softcap, sinks)
     back_end = select("flash_attention", implementation, BACK_ENDS)
-    # Inside shard_map all arguments vary over the same axes: a gradient then has its argument's type.
-    args = _vary_alike((q_BTNK, k_BSZK, v_BSZU, sinks, mask))
+    args = vary_alike((q_BTNK, k_BSZK, v_BSZU, sinks, mask))
     if back_end is reference:
         out_BTNU, lse_BTN = reference.flash_attention(*args, scale=scale, softcap=softcap)
         out_BTNU = out_BTNU.astype(q_BTNK.dtype)
@@ -115,17 +115,6 @@ def _check(q_BTNK, k_BSZK, v_BSZU, mask: Mask, scale, softcap, sinks) -> None:
     if sinks is not None and (sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
         raise ValueError(f"flash_attention: sinks must be floats [{heads}], got {sinks.dtype} {list(sinks.shape)}")
     mask.check(batch, num_queries, num_keys)
-
-
-def _vary_alike(args):
-    varying = [jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(args)]
-    axes = frozenset().union(*varying)
-
-    def cast(leaf: jax.Array) -> jax.Array:
-        missing = tuple(axes - jax.typeof(leaf).manual_axis_type.varying)
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(cast, args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))

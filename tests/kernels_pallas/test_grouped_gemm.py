@@ -1,12 +1,21 @@
+"""Grouped products, every implementation against NumPy in float64: values and both gradients."""
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import Case, ways
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import Unsupported, grouped_gemm
+from kernels_pallas.grouped_gemm import xla
+from kernels_pallas.grouped_gemm.api import BACK_ENDS
 
 # name: (rows, D, F, group sizes)
-CASES = {
+SIZES = {
     "equal": (64, 8, 6, [16, 16, 16, 16]),
     "ragged": (61, 8, 6, [7, 30, 3, 21]),
     "rows beyond the sum": (64, 5, 7, [10, 0, 20, 4]),
@@ -17,15 +26,23 @@ CASES = {
     "single row": (1, 4, 3, [1]),
     "fewer rows than groups": (3, 4, 3, [0, 2, 0, 0, 1, 0]),
     "one group": (24, 4, 3, [20]),
+    "no rows": (0, 4, 3, [0, 0]),
+    # Around what kernels take at once, 64 or 128 of each: groups end before, on and behind an edge.
+    "tiles: groups of nearly a tile": (400, 72, 136, [127, 0, 129, 1, 128, 5]),
+    "tiles: many columns, ragged contraction": (70, 200, 300, [3, 60]),
 }
-IMPLEMENTATIONS = ["reference", "xla"]
 
 
-def inputs(name):
-    rows, d, f, sizes = CASES[name]
+def inputs(rows, d, f, sizes):
+    """x, w, sizes and dy; NaN beyond the last group, where nothing may be read."""
     rng = np.random.default_rng(0)
-    x, dy = rng.standard_normal((rows, d)), rng.standard_normal((rows, f))
-    return x, rng.standard_normal((len(sizes), d, f)), np.array(sizes, np.int32), dy
+    x, w, dy = (rng.standard_normal(shape) for shape in ((rows, d), (len(sizes), d, f), (rows, f)))
+    x[sum(sizes) :] = np.nan
+    dy[sum(sizes) :] = np.nan
+    return x, w, np.array(sizes, np.int32), dy
+
+
+CASES = [Case(name=name, args=functools.partial(inputs, *sizes)) for name, sizes in SIZES.items()]
 
 
 def expected(x, w, sizes, dy):
@@ -38,20 +55,36 @@ def expected(x, w, sizes, dy):
     return y, dx, dw
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name, implementation):
-    x, w, sizes, dy = inputs(name)
-    as32 = [jnp.asarray(a, jnp.float32) for a in (x, w)]
+def products(x, w, sizes, dy, implementation):
+    y, vjp = jax.vjp(lambda x, w: grouped_gemm(x, w, sizes, implementation=implementation), x, w)
+    return y, *vjp(dy)
 
-    @jax.jit
-    def run(x, w, sizes, dy):
-        y, vjp = jax.vjp(lambda x, w: grouped_gemm(x, w, sizes, implementation=implementation), x, w)
-        return y, *vjp(dy)
 
-    got = run(*as32, jnp.asarray(sizes), jnp.asarray(dy, jnp.float32))
-    for actual, wanted in zip(got, expected(x, w, sizes, dy), strict=True):
-        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=2e-5)
+def check(case, way, dtype, rtol):
+    x, w, sizes, dy = case.args()
+    x, w, dy = (np.asarray(jnp.asarray(a, dtype)) for a in (x, w, dy))
+    wanted = expected(*(a.astype(np.float64) for a in (x, w)), sizes, dy.astype(np.float64))
+    # The sum of the terms' magnitudes: what errors of summation are relative to.
+    sizes_of = expected(*(np.abs(a.astype(np.float64)) for a in (x, w)), sizes, np.abs(dy.astype(np.float64)))
+    for name, actual, truth, size in zip(
+        ("y", "dx", "dw"), way.run(products, x, w, sizes, dy), wanted, sizes_of, strict=True
+    ):
+        assert actual.dtype == dtype and actual.shape == truth.shape, name
+        error = np.abs(np.asarray(actual, np.float64) - truth)
+        assert np.all(error <= rtol * np.abs(truth) + 2**-20 * size), (name, error.max())
+
+
+@pytest.mark.parametrize("way", ways("reference", "xla"), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case, way):
+    check(case, way, jnp.float32, rtol=2**-22)
+
+
+@pytest.mark.parametrize("way", ways("reference", "xla"), ids=str)
+def test_bfloat16_rounds_once(way):
+    """Half an ulp of the result beside errors of sums in float32."""
+    for name in ("ragged", "tiles: groups of nearly a tile"):
+        check(Case(name=name, args=functools.partial(inputs, *SIZES[name])), way, jnp.bfloat16, rtol=2**-8)
 
 
 def test_bfloat16_accumulates_in_float32():
@@ -62,10 +95,67 @@ def test_bfloat16_accumulates_in_float32():
     np.testing.assert_array_equal(np.asarray(y, np.float32), 1000.0)
 
 
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        args = [jnp.asarray(a) for a in inputs(*SIZES["overflow of several blocks"])]
+        for actual, truth in zip(products(*args, "xla"), expected(*map(np.asarray, args)), strict=True):
+            assert actual.dtype == jnp.float64
+            np.testing.assert_allclose(actual, truth, rtol=1e-12, atol=1e-12)
+
+
+def test_one_group_is_as_if_the_others_were_not_there():
+    """Whatever another group's rows hold, NaN included."""
+    x, w, sizes, dy = (jnp.asarray(a) for a in inputs(*SIZES["overflow of several blocks"]))
+    poisoned = [a.at[300:310].set(jnp.nan) for a in (x, dy)]
+    y, dx, dw = products(poisoned[0], w, sizes, poisoned[1], "xla")
+    wanted = products(x, w, sizes, dy, "xla")
+    for actual, truth in ((y, wanted[0]), (dx, wanted[1])):
+        np.testing.assert_array_equal(
+            jnp.delete(actual, jnp.arange(300, 310), 0), jnp.delete(truth, jnp.arange(300, 310), 0)
+        )
+    np.testing.assert_array_equal(jnp.delete(dw, 1, 0), jnp.delete(wanted[2], 1, 0))
+
+
+def test_back_ends_have_each_product_alone():
+    x, w, sizes, dy = (jnp.asarray(a, jnp.float32 if a.dtype == float else a.dtype) for a in inputs(*SIZES["ragged"]))
+    y, dx, dw = products(x, w, sizes, dy, "xla")
+    np.testing.assert_array_equal(xla.forward(x, w, sizes), y)
+    np.testing.assert_array_equal(xla.backward_rows(dy, w, sizes), dx)
+    np.testing.assert_array_equal(xla.backward_weights(x, dy, sizes, w.dtype), dw)
+    assert next(iter(BACK_ENDS)) == "xla", "no kernel has been timed on a device"
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_inside_shard_map(implementation):
+    """Rows and loads vary, matrices do not: their gradient is the sum over devices."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    x, w, _, dy = (jnp.asarray(a, jnp.float32) for a in inputs(122, 8, 6, [120, 1, 1, 0]))
+    sizes = jnp.array([7, 30, 3, 21, 0, 0, 50, 1], jnp.int32)
+
+    def sharded(x, w):
+        local = functools.partial(grouped_gemm, implementation=implementation)
+        return jax.shard_map(local, in_specs=(P("data"), P(), P("data")), out_specs=P("data"))(
+            x, w, jax.device_put(sizes, P("data"))
+        )
+
+    with jax.set_mesh(mesh):
+        y, vjp = jax.vjp(sharded, jax.device_put(x, P("data")), jax.device_put(w, P()))
+        dx, dw = vjp(jax.device_put(dy, P("data")))
+    halves = [
+        expected(*(np.asarray(a, np.float64) for a in (x[rows], w)), sizes[loads], np.asarray(dy[rows], np.float64))
+        for rows, loads in ((slice(0, 61), slice(0, 4)), (slice(61, None), slice(4, None)))
+    ]
+    np.testing.assert_allclose(y, np.concatenate([half[0] for half in halves]), atol=1e-5)
+    np.testing.assert_allclose(dx, np.concatenate([half[1] for half in halves]), atol=1e-5)
+    np.testing.assert_allclose(dw, halves[0][2] + halves[1][2], atol=1e-4)
+
+
 def test_refuses_what_does_not_fit():
     x, w = jnp.ones((4, 3)), jnp.ones((2, 3, 5))
     with pytest.raises(ValueError, match="needs x"):
         grouped_gemm(jnp.ones((4, 2)), w, jnp.array([2, 2]))
+    with pytest.raises(ValueError, match="needs x"):
+        grouped_gemm(jnp.ones((4, 0)), jnp.ones((2, 0, 5)), jnp.array([2, 2]))
     with pytest.raises(ValueError, match="2 integer group sizes"):
         grouped_gemm(x, w, jnp.array([2, 2, 0]))
     with pytest.raises(Unsupported, match="no implementation 'triton'"):
