@@ -23,8 +23,8 @@ def expert_mlp(
     """Routed SwiGLU experts: y[t] = sum_x weight[t, x] · expert[index[t, x]](x[t]); dropless, exact for any load.
 
     An index outside [0, E) is an expert of another device and adds nothing, so that a shard of the experts can be run by
-    shifting the indices (`index - first_local_expert`). Accumulates in float32; y has x's dtype. Differentiable in x, weight
-    and the three matrices.
+    shifting the indices (`index - first_local_expert`). Accumulates in float32 (float64 in float64); y has x's dtype.
+    Differentiable in x, weight and the three matrices.
 
     Raises ValueError on shapes that do not fit, and Unsupported on an implementation that is not there.
     """

@@ -161,18 +161,18 @@ def backward(residuals: Residuals, dy_TD: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=_accumulation(a))
 
 
 def _hidden(g: jax.Array, u: jax.Array, weight: jax.Array) -> jax.Array:
-    return (jax.nn.silu(g.astype(jnp.float32)) * u * weight[..., None]).astype(g.dtype)
+    return (jax.nn.silu(g.astype(_accumulation(g))) * u * weight[..., None]).astype(g.dtype)
 
 
 def _hidden_gradients(
     g: jax.Array, u: jax.Array, weight: jax.Array, dh: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The weighted hidden layer again, the gradients of gate and up, and that of the weights."""
-    dtype, g, u, weight = g.dtype, g.astype(jnp.float32), u.astype(jnp.float32), weight[..., None]
+    dtype, g, u, weight = g.dtype, g.astype(_accumulation(g)), u.astype(_accumulation(u)), weight[..., None]
     sigmoid = jax.nn.sigmoid(g)
     silu = g * sigmoid
     dg = weight * dh * u * (sigmoid + silu * (1 - sigmoid))
@@ -182,6 +182,11 @@ def _hidden_gradients(
         (weight * dh * silu).astype(dtype),
         jnp.sum(silu * u * dh, axis=-1),
     )
+
+
+def _accumulation(a: jax.Array) -> jnp.dtype:
+    """float32, or float64 for float64."""
+    return jnp.promote_types(a.dtype, jnp.float32)
 
 
 def _combine(y_ECD: jax.Array, slot_TX: jax.Array) -> jax.Array:
