@@ -1,5 +1,6 @@
 """The public routed experts."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -18,12 +19,14 @@ def expert_mlp(
     up_EDF: jax.Array,
     down_EFD: jax.Array,
     *,
+    expected_choices: int | None = None,
     implementation: Literal["reference", "xla"] | None = None,
 ) -> jax.Array:
     """Routed SwiGLU experts: y[t] = sum_x weight[t, x] · expert[index[t, x]](x[t]); dropless, exact for any load.
 
     An index outside [0, E) is an expert of another device and adds nothing, so that a shard of the experts can be run by
-    shifting the indices (`index - first_local_expert`). Accumulates in float32 (float64 in float64); y has x's dtype.
+    shifting the indices (`index - first_local_expert`). `expected_choices` says how many of the T·X lie inside when loads are equal
+    (None: all), which decides how much work is done at once; any number is exact. Accumulates in float32 (float64 in float64); y has x's dtype.
     Differentiable in x, weight and the three matrices.
 
     Raises ValueError on shapes that do not fit, and Unsupported on an implementation that is not there.
@@ -42,19 +45,23 @@ def expert_mlp(
         )
     if not jnp.issubdtype(index_TX.dtype, jnp.integer):
         raise ValueError(f"expert_mlp needs integer indices, got {index_TX.dtype}")
-    table: dict[str, Callable] = {"xla": _xla, "reference": reference.expert_mlp}
+    table: dict[str, Callable] = {
+        "xla": functools.partial(_xla, expected_choices),
+        "reference": reference.expert_mlp,
+    }
     run = select("expert_mlp", implementation, table)
     return run(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD).astype(x_TD.dtype)
 
 
-@jax.custom_vjp
-def _xla(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _xla(expected_choices, x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD):
     if 0 < index_TX.size < gate_EDF.shape[0]:  # some experts stay idle, and no gradient is wanted here
         return xla.forward_by_choice(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD)
-    return xla.forward(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD)[0]
+    return xla.forward(expected_choices, x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD)[0]
 
 
-def _xla_bwd(residuals, dy_TD):
+def _xla_bwd(expected_choices, residuals, dy_TD):
+    del expected_choices  # the residuals are laid out by it
     dx_TD, dweight_TX, *matrices = xla.backward(residuals, dy_TD)
     return dx_TD, None, dweight_TX, *matrices
 

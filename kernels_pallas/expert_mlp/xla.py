@@ -5,12 +5,13 @@ their gradients work in the padded layout without leaving it. The weight of a ch
 gradient needs no copy of the experts' output.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.grouped_gemm.layout import Layout, take_rows
+from kernels_pallas.grouped_gemm.layout import Layout, capacity, take_rows
 
 UNROLL = 8  # choices
 
@@ -22,6 +23,10 @@ class Routes(NamedTuple):
     order_M: jax.Array
     slot_TX: jax.Array  # E·C for a choice in the overflow, or of an absent expert
     choice_EC: jax.Array  # T·X for an empty slot
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.sizes_E, self.slot_TX.size, self.choice_EC.shape[1])
 
 
 class Residuals(NamedTuple):
@@ -35,9 +40,10 @@ class Residuals(NamedTuple):
     u_ECF: jax.Array
 
 
-def route(index_TX: jax.Array, num_experts: int) -> Routes:
-    """Sorts the choices by expert; a number outside [0, E) is an expert that is not here."""
+def route(index_TX: jax.Array, num_experts: int, expected_choices: int | None) -> Routes:
+    """Sorts the choices by expert; a number outside [0, E) is an expert that is not here. Slots are made for those expected."""
     num_choices = index_TX.size
+    slots = capacity(num_choices if expected_choices is None else min(num_choices, expected_choices), num_experts)
     here_TX = (index_TX >= 0) & (index_TX < num_experts)
     expert_M = jnp.where(here_TX, index_TX, num_experts).reshape(-1).astype(jnp.int32)
     choice_M = jnp.arange(num_choices, dtype=jnp.int32)
@@ -48,13 +54,14 @@ def route(index_TX: jax.Array, num_experts: int) -> Routes:
         order_M = jnp.argsort(expert_M, stable=True).astype(jnp.int32)
         sorted_M = expert_M[order_M]
     sizes_E = jnp.sum(expert_M[:, None] == jnp.arange(num_experts, dtype=jnp.int32), axis=0, dtype=jnp.int32)
-    layout = Layout.of(sizes_E, num_choices)
+    layout = Layout.of(sizes_E, num_choices, slots)
     slot_M = jnp.zeros_like(order_M).at[order_M].set(layout.slot_M(sorted_M), unique_indices=True)
     choice_EC = order_M.at[layout.row_EC()].get(mode="fill", fill_value=num_choices)
     return Routes(sizes_E, order_M, slot_M.reshape(index_TX.shape), choice_EC)
 
 
 def forward(
+    expected_choices: int | None,
     x_TD: jax.Array,
     index_TX: jax.Array,
     weight_TX: jax.Array,
@@ -62,7 +69,7 @@ def forward(
     up_EDF: jax.Array,
     down_EFD: jax.Array,
 ) -> tuple[jax.Array, Residuals]:
-    routes = route(index_TX, gate_EDF.shape[0])
+    routes = route(index_TX, gate_EDF.shape[0], expected_choices)
     experts_per_token = index_TX.shape[1]
     weight_M = weight_TX.reshape(-1)
     x_ECD = take_rows(x_TD, routes.choice_EC // experts_per_token)
@@ -81,7 +88,7 @@ def forward(
         h_RF = _hidden(g_RF, u_RF, take_rows(weight_M, choice_R))
         return y_TD.at[token_R].add(_product("RF,FD->RD", h_RF, down_EFD[expert]), mode="drop")
 
-    y_TD = Layout.of(routes.sizes_E, index_TX.size).over_blocks(add_block, y_TD)
+    y_TD = routes.layout.over_blocks(add_block, y_TD)
     residuals = Residuals(x_TD, weight_TX, gate_EDF, up_EDF, down_EFD, routes, g_ECF, u_ECF)
     return y_TD.astype(x_TD.dtype), residuals
 
@@ -149,8 +156,7 @@ def backward(residuals: Residuals, dy_TD: jax.Array) -> tuple[jax.Array, jax.Arr
             ddown_EFD.at[expert].add(_product("RF,RD->FD", h_RF, dy_RD)),
         )
 
-    layout = Layout.of(routes.sizes_E, weight_TX.size)
-    dx_TD, dweight_M, dgate_EDF, dup_EDF, ddown_EFD = layout.over_blocks(add_block, gradients)
+    dx_TD, dweight_M, dgate_EDF, dup_EDF, ddown_EFD = routes.layout.over_blocks(add_block, gradients)
     return (
         dx_TD.astype(x_TD.dtype),
         dweight_M.reshape(weight_TX.shape).astype(weight_TX.dtype),
@@ -190,4 +196,6 @@ def _accumulation(a: jax.Array) -> jnp.dtype:
 
 
 def _combine(y_ECD: jax.Array, slot_TX: jax.Array) -> jax.Array:
-    return jnp.sum(take_rows(y_ECD.reshape(-1, y_ECD.shape[-1]), slot_TX), axis=1)
+    y_MD = y_ECD.reshape(-1, y_ECD.shape[-1])
+    # One choice at a time: TPUs would write all of them, [T, X, D], before they add.
+    return functools.reduce(jnp.add, (take_rows(y_MD, slot_T) for slot_T in slot_TX.T))

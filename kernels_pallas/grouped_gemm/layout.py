@@ -38,11 +38,12 @@ class Layout:
     capacity: int
 
     @classmethod
-    def of(cls, sizes_E: jax.Array, num_rows: int) -> "Layout":
+    def of(cls, sizes_E: jax.Array, num_rows: int, slots: int | None = None) -> "Layout":
+        """With `slots` per group; None: with `capacity` of them, for rows that all belong to some group."""
         sizes_E = sizes_E.astype(jnp.int32)
         starts_E = jnp.cumsum(sizes_E) - sizes_E
-        cap = capacity(num_rows, sizes_E.shape[0])
-        return cls(sizes_E=sizes_E, starts_E=starts_E, num_rows=num_rows, capacity=cap)
+        slots = capacity(num_rows, sizes_E.shape[0]) if slots is None else slots
+        return cls(sizes_E=sizes_E, starts_E=starts_E, num_rows=num_rows, capacity=slots)
 
     def row_EC(self) -> jax.Array:
         """The sorted row in each slot; `num_rows` where the slot is empty."""

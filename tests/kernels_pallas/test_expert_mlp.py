@@ -70,11 +70,11 @@ def expected(x, index, weight, gate, up, down, dy):
     return y, dx, dweight, dgate, dup, ddown
 
 
-def value_and_gradients(implementation):
+def value_and_gradients(implementation, **options):
     @jax.jit
     def run(x, index, weight, gate, up, down, dy):
         def op(x, weight, gate, up, down):
-            return expert_mlp(x, index, weight, gate, up, down, implementation=implementation)
+            return expert_mlp(x, index, weight, gate, up, down, implementation=implementation, **options)
 
         y, vjp = jax.vjp(op, x, weight, gate, up, down)
         return y, *vjp(dy)
@@ -93,6 +93,25 @@ def test_values_and_gradients(name, implementation):
     got = value_and_gradients(implementation)(*as_float32(arrays))
     for actual, wanted in zip(got, expected(*arrays), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("expected_choices", [1, 12, 60, 10**6])
+def test_any_number_of_expected_choices_is_exact(expected_choices):
+    arrays = inputs("experts that are not here")
+    got = value_and_gradients("xla", expected_choices=expected_choices)(*as_float32(arrays))
+    for actual, wanted in zip(got, expected(*arrays), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_work_is_done_for_the_expected_choices_only():
+    """Of a shard: slots for all T·X choices would be experts / local experts times the products."""
+    arrays = as_float32(inputs("experts that are not here"))
+
+    def flops(expected_choices):
+        run = value_and_gradients("xla", expected_choices=expected_choices)
+        return run.lower(*arrays).compile().cost_analysis()["flops"]
+
+    assert flops(50) < 0.6 * flops(None)
 
 
 def test_a_shard_of_experts_per_device_sums_to_the_whole():
