@@ -26,8 +26,8 @@ def expert_mlp(
 
     An index outside [0, E) is an expert of another device and adds nothing, so that a shard of the experts can be run by
     shifting the indices (`index - first_local_expert`). `expected_choices` says how many of the T·X lie inside when loads are equal
-    (None: all), which decides how much work is done at once; any number is exact. Accumulates in float32 (float64 in float64); y has x's dtype.
-    Differentiable in x, weight and the three matrices.
+    (None: all), which decides how much work is done at once; any number is exact. Accumulates in float32
+    (float64 in float64); y has x's dtype. Differentiable in x, weight and the three matrices.
 
     Raises ValueError on shapes that do not fit, and Unsupported on an implementation that is not there.
     """
