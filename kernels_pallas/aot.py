@@ -91,7 +91,7 @@ class Chip:
     @functools.cached_property
     def device(self) -> Any:
         """A device to compile for. Raises Unavailable."""
-        _check_installed()
+        check_installed()
         options = {} if self.target is None else {"target_config": self.target, "topology": self.topology}
         name = self.topology if self.target is None else self.name
         with _environment():
@@ -114,7 +114,7 @@ class Chip:
         abstract = AbstractDevice(device_kind=device.device_kind, num_cores=cores, platform=device.platform)
         mesh = AbstractMesh((1,), ("aot",), abstract_device=abstract)
         began = time.perf_counter()
-        with _environment(), _no_compilation_cache(), _said() as said:
+        with compilers(), _said() as said:
             try:
                 with use_abstract_mesh(mesh):
                     compiled = jax.jit(fn).trace(*avals).lower(lowering_platforms=(self.platform,)).compile()
@@ -180,7 +180,8 @@ def unavailable() -> str | None:
     return None
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Raises Unavailable if a compiler or ptxas is not installed."""
     packages = {"libtpu": "libtpu", "jax-cuda13-plugin": "jax_plugins.xla_cuda13"}
     missing = [package for package, module in packages.items() if not _has_module(module)]
     if _ptxas_folder() is None:
@@ -204,6 +205,13 @@ def _ptxas_folder() -> pathlib.Path | None:
 
 def _is_ptxas_in(place: str) -> bool:
     return pathlib.Path(place, "cu13", "bin", "ptxas").is_file()
+
+
+@contextlib.contextmanager
+def compilers() -> Iterator[None]:
+    """In this block compilers find the answers they ask for, and the persistent cache is out of the way."""
+    with _environment(), _no_compilation_cache():
+        yield
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -62,9 +63,9 @@ class MeshConfig:
 
     def build(self, devices: list[Any] | None = None) -> Mesh:
         devices = jax.devices() if devices is None else devices
-        return jax.make_mesh(
-            self.shape(len(devices)), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices
-        )
+        # A mesh axis may cut an axis of a TPU's torus in two: `jax.make_mesh` refuses that, and with it most shapes of large slices.
+        grid = mesh_utils.create_device_mesh(self.shape(len(devices)), devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def spec(*logical: str | None) -> P:
