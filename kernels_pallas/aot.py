@@ -24,6 +24,8 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
+from kernels_pallas.bundles import DUMP_FLAGS, Bundles
+
 # What the compilers ask the machine, answered; a value that the user has set stays.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -63,6 +65,7 @@ class Report:
     exception: Exception | None = dataclasses.field(default=None, repr=False)  # why it does not compile
     temp_bytes: int | None = None  # device memory beside arguments and results
     vmem_bytes: int | None = None  # TPU: of the kernel that takes most
+    bundles: Bundles | None = None  # TPU, after `count_bundles()`: of the kernel with most matrix work
     registers: int | None = None  # GPU: per thread, of the Mosaic kernel that takes most
     spill_bytes: int | None = None  # GPU: stored and loaded, of the Mosaic kernel that spills most
     shared_memory_bytes: int | None = None  # GPU: static and dynamic, of the Mosaic kernel that takes most
@@ -127,6 +130,7 @@ class Chip:
             seconds=seconds,
             temp_bytes=None if memory is None else memory.temp_size_in_bytes,
             vmem_bytes=_vmem_bytes(text),
+            bundles=_bundles(),
             **_gpu_kernels(text, said[0]),
         )
 
@@ -168,6 +172,19 @@ def chip(name: str) -> Chip:
     if name not in CHIPS:
         raise ValueError(f"no chip {name!r}; there are {', '.join(CHIPS)}")
     return CHIPS[name]
+
+
+def count_bundles() -> None:
+    """Has every later compilation for a TPU count its bundles, at the cost of some 100 MB written and read.
+
+    Raises Unavailable if the compiler is loaded already: it reads its flags once.
+    """
+    global _schedules
+    if any("device" in vars(each) for each in CHIPS.values()):
+        raise Unavailable("bundles are counted in a process that has compiled for no TPU before")
+    _schedules = tempfile.TemporaryDirectory()
+    flags = DUMP_FLAGS.format(directory=_schedules.name)
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
 
 
 def unavailable() -> str | None:
@@ -264,6 +281,20 @@ def _said() -> Iterator[list[str]]:
                 os.close(original)
             file.seek(0)
             said.append(file.read().decode(errors="replace"))
+
+
+_schedules: tempfile.TemporaryDirectory | None = None  # where libtpu's compiler writes, once bundles are counted
+
+
+def _bundles() -> Bundles | None:
+    """What was written since the last call, which is then deleted."""
+    if _schedules is None:
+        return None
+    directory = pathlib.Path(_schedules.name)
+    found = Bundles.read(directory)
+    for file in directory.iterdir():
+        file.unlink()
+    return found
 
 
 def _vmem_bytes(text: str) -> int | None:

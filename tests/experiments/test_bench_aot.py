@@ -30,7 +30,7 @@ def test_one_op_on_one_chip(tmp_path, capsys):
 
 def test_a_row_says_why_something_does_not_compile():
     about = {"op": "an op", "shape": "[3]", "implementation": "tpu", "chip": "v5e", "seconds": 0.5}
-    figures = ("registers", "spill_bytes", "shared_memory_bytes", "vmem_bytes", "temp_bytes")
+    figures = ("registers", "spill_bytes", "shared_memory_bytes", "vmem_bytes", "temp_bytes", "bundles")
     row = line({**about, **dict.fromkeys(figures), "compiled": False, "error": "ValueError: no"})
     assert row.split() == ["an", "op", "[3]", "tpu", "v5e", "no", "0.50", "ValueError:", "no"]
 
@@ -46,5 +46,5 @@ def test_unknown_chips_and_ops_are_refused(monkeypatch):
     monkeypatch.setattr(aot, "unavailable", lambda: None)
     with pytest.raises(UserError, match="did you mean v6e"):
         bench.main(["aot", "--chip=v6"])
-    with pytest.raises(UserError, match=r"--op=fp9: the ops are .*fp8\.quantize_activations"):
+    with pytest.raises(UserError, match=r"--op=fp9 --contains= leave no case; the ops are .*fp8\.quantize_activations"):
         bench.main(["aot", "--op=fp9"])
