@@ -31,7 +31,7 @@ def forward(
     tile: Tile | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, N, U] in q's dtype and the logsumexp [B, T, N]."""
-    plan = Plan.of(q_BTNK, k_BSZK, v_BSZU, mask, tile)
+    plan = Plan.of(q_BTNK, k_BSZK, v_BSZU, mask, tile or Tile.of(q_BTNK, k_BSZK, v_BSZU, tall=True))
     walk = Walk(plan=plan, by_queries=True)
     score = Score(walk=walk, scale=scale, softcap=softcap)
     width, v_width, rows = q_BTNK.shape[-1], v_BSZU.shape[-1], plan.tile.queries
@@ -46,26 +46,29 @@ def forward(
                 l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
             else:
                 m_ref[...] = jnp.broadcast_to(jnp.maximum(sinks_ref[...] * LOG2_E, HIDDEN), m_ref.shape)
-                l_ref[...] = jnp.where(m_ref[...] > HIDDEN, 1.0, 0.0)
+                lane = jax.lax.broadcasted_iota(jnp.int32, l_ref.shape, 1)
+                l_ref[...] = jnp.where((m_ref[...] > HIDDEN) & (lane == 0), 1.0, 0.0)
             acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
         @step.run
         def _(masked: bool):
+            m, l = m_ref[...], l_ref[...]
             for keys in plan.chunks:
                 s = score(q_ref[...], k_ref[keys, :])
                 if masked:
                     s = score.hide(s, ids_ref, step, keys)
-                m = jnp.maximum(m_ref[...], jnp.max(s, axis=1, keepdims=True))
+                m_before, m = m, jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
                 p = jnp.exp2(s - lanes(m, s.shape[1]))
-                kept = jnp.exp2(m_ref[...] - m)
-                l_ref[...] = l_ref[...] * kept + jnp.sum(p, axis=1, keepdims=True)
-                m_ref[...] = m
+                kept = jnp.exp2(m_before - m)
+                # A sum in each lane: those of lanes are added up once, at the end.
+                l = l * kept + sum(p[:, i : i + LANES] for i in range(0, p.shape[1], LANES))
                 acc_ref[...] = acc_ref[...] * lanes(kept, v_width) + dot(p.astype(v_ref.dtype), v_ref[keys, :], 1, 0)
+            m_ref[...], l_ref[...] = m, l
 
         @pl.when(step.is_last)
         def _():
             some = m_ref[...] > HIDDEN / 2
-            total = jnp.where(some, l_ref[...], 1.0)
+            total = jnp.where(some, jnp.sum(l_ref[...], axis=1, keepdims=True), 1.0)
             o_ref[...] = jnp.where(lanes(some, v_width), acc_ref[...] / lanes(total, v_width), 0).astype(o_ref.dtype)
             lse_ref[...] = jnp.where(some, m_ref[...] * (1 / LOG2_E) + jnp.log(total), -jnp.inf).T[:1]
 
@@ -103,7 +106,7 @@ def backward(
     tile: Tile | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v from those of the logits, ds = p (dp - delta)."""
-    plan = Plan.of(q_BTNK, k_BSZK, v_BSZU, mask, tile)
+    plan = Plan.of(q_BTNK, k_BSZK, v_BSZU, mask, tile or Tile.of(q_BTNK, k_BSZK, v_BSZU))
     # Where a query sees nothing, exp2(s - lse) is then 0.
     lse_BN1T = plan.queries(jnp.where(lse_BTN == -jnp.inf, jnp.inf, lse_BTN), fill=jnp.inf)[:, :, None] * LOG2_E
     delta_BN1T = plan.queries(delta_BTN)[:, :, None]

@@ -180,8 +180,10 @@ def test_a_list_too_long_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("queries", [1, 100, 128, 300, 1000, 1024, 1500, 4096, 131072])
 @pytest.mark.parametrize("width", [64, 192, 576])
-def test_every_length_has_tiles_that_pad_little(queries, width):
-    tile = Tile.of(queries, queries, width)
+@pytest.mark.parametrize("tall", [False, True])
+def test_every_length_has_tiles_that_pad_little(queries, width, tall):
+    a = jax.ShapeDtypeStruct((1, queries, 1, width), jnp.bfloat16)
+    tile = Tile.of(a, a, a, tall=tall)  # pyright: ignore[reportArgumentType]
     for size in (tile.queries, tile.keys):
         assert -queries % size < 128 * -(-queries // size)
 
