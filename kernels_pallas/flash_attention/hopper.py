@@ -1,7 +1,5 @@
 """What the Hopper kernels of `flash_attention` share."""
 
-import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -19,114 +17,22 @@ SHARED_MEMORY = 227 * 1024  # bytes that a block of threads may have
 # A thread, of a computing warpgroup and of the one that brings: together what three warpgroups start with, 3 x 168. One more, and
 # the threads would wait for it forever.
 REGISTERS, PRODUCER_REGISTERS = 240, 24
-WIDTH = 64  # widths are multiples of it: 16-bit numbers in 128 bytes, the swizzle
-WIDEST = 256
+WIDEST_PRODUCT = 256  # columns of what an instruction computes
 LOG2_E = math.log2(math.e)
 TILE, PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
-def check(q_BTNK: jax.Array, v_BSZU: jax.Array, mask: Mask, scale: float) -> None:
+def check(q_BTNK: jax.Array, mask: Mask, scale: float) -> None:
     """Raises Unsupported."""
     lacks = None
     if q_BTNK.dtype not in (jnp.bfloat16, jnp.float16):
         lacks = f"has no {q_BTNK.dtype}, only bfloat16 and float16"
-    elif max(q_BTNK.shape[3], v_BSZU.shape[3]) > WIDEST:
-        lacks = f"has no widths above {WIDEST}: these are {q_BTNK.shape[3]} and {v_BSZU.shape[3]}"
-    elif mask.q_positions_BT is not None:
-        lacks = "has no masks by positions; give q_offset"
     elif mask.selected_BTS is not None:
         lacks = "has no masks by selection"
     elif not scale > 0:
         lacks = f"needs a positive scale, not {scale}"
     if lacks is not None:
         raise Unsupported(f"flash_attention on gpu {lacks}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Band:
-    """The keys that query t may see as far as indices tell: t + low <= key < t + high and key < num_keys."""
-
-    low: int | None
-    high: int | None
-    num_queries: int
-    num_keys: int
-
-    @classmethod
-    def of(cls, mask: Mask, num_queries: int, num_keys: int) -> "Band":
-        offset = mask.q_offset or 0
-        return cls(
-            low=None if mask.left is None else offset - mask.left,
-            high=None if mask.right is None else offset + mask.right + 1,
-            num_queries=num_queries,
-            num_keys=num_keys,
-        )
-
-    @property
-    def transposed(self) -> "Band":
-        """The queries that see a key, in the place of its keys."""
-        return Band(
-            low=None if self.high is None else 1 - self.high,
-            high=None if self.low is None else 1 - self.low,
-            num_queries=self.num_keys,
-            num_keys=self.num_queries,
-        )
-
-    def key_tiles(self, row: jax.Array, rows: int, keys: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Tiles of keys [a, d) cover what queries [row, row + rows) see; of these, all see the whole of each in [b, c)."""
-        zero, end = jnp.int32(0), jnp.int32(self.num_keys)
-        first, stop, whole_first, whole_stop = zero, end, zero, end
-        if self.low is not None:
-            first, whole_first = row + self.low, row + (rows - 1 + self.low)
-        if self.high is not None:
-            stop, whole_stop = row + (rows - 1 + self.high), row + self.high
-
-        def tile_of(key: jax.Array, up: int) -> jax.Array:
-            return jax.lax.div(jnp.minimum(jnp.maximum(key, zero), end) + up, jnp.int32(keys))
-
-        a = tile_of(first, 0)
-        d = jnp.maximum(a, tile_of(stop, keys - 1))
-        b = jnp.minimum(jnp.maximum(a, tile_of(whole_first, keys - 1)), d)
-        c = jnp.minimum(jnp.maximum(b, tile_of(whole_stop, 0)), d)
-        return a, b, c, d
-
-    def hide(
-        self, x: jax.Array, row: jax.Array, tile: jax.Array, tiles: tuple[jax.Array, ...], value: float
-    ) -> jax.Array:
-        """`value` where a query does not see a key, of `x` for queries from `row` on and a tile of keys."""
-        if self.low is None and self.high is None and self.num_keys % x.shape[1] == 0:
-            return x
-        # One loop with a branch, not a loop for each kind of tile: those spill.
-        _, whole, partly, _ = tiles
-        hide = functools.partial(self._hide, row=row, key=tile * x.shape[1], value=value)
-        return jax.lax.cond((tile < whole) | (tile >= partly), hide, lambda x: x, x)
-
-    def _hide(self, x: jax.Array, row: jax.Array, key: jax.Array, value: float) -> jax.Array:
-        rows = plgpu.broadcasted_iota(jnp.int32, x.shape[:1], 0, layout=PER_ROW)
-        columns = plgpu.broadcasted_iota(jnp.int32, x.shape[1:], 0, layout=PER_COLUMN)
-        # Behind the barrier no compiler computes the columns before the loop and keeps them in registers.
-        columns = down(jax.lax.optimization_barrier(columns), x.shape)
-        if self.low is not None:
-            x = jnp.where(columns >= across(rows + (row - key + self.low), x.shape), x, value)
-        if self.high is not None:
-            x = jnp.where(columns < across(rows + (row - key + self.high), x.shape), x, value)
-        if self.num_keys % x.shape[1]:
-            x = jnp.where(columns < self.num_keys - key, x, value)
-        return x
-
-
-def segment_ids(mask: Mask, rows: int, keys: int) -> tuple[jax.Array, ...]:
-    """Those of queries and keys, padded to multiples of `rows` and `keys`; () if there are none."""
-    if mask.q_segment_ids_BT is None or mask.kv_segment_ids_BS is None:
-        return ()
-    both = ((mask.q_segment_ids_BT, rows), (mask.kv_segment_ids_BS, keys))
-    return tuple(pad(ids.astype(jnp.int32), 1, size) for ids, size in both)
-
-
-def hide_other_segments(x: jax.Array, ids: jax.Array, ids_smem: Any, value: float) -> jax.Array:
-    """`value` where the id of the row, in registers, is not that of the column, in a buffer, or 0."""
-    column_ids = plgpu.layout_cast(ids_smem[...], PER_COLUMN)
-    x = jnp.where(across(ids, x.shape) == down(column_ids, x.shape), x, value)
-    return jnp.where(across(ids, x.shape) != 0, x, value)
 
 
 def pad(a: jax.Array, axis: int, multiple: int, value: float = 0) -> jax.Array:
@@ -136,9 +42,34 @@ def pad(a: jax.Array, axis: int, multiple: int, value: float = 0) -> jax.Array:
     return jnp.pad(a, widths, constant_values=value) if missing else a
 
 
-def smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """As TMA writes and wgmma reads it; the last dim is a multiple of WIDTH."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(2 * WIDTH)))
+def pad_widths(*arrays: jax.Array) -> list[jax.Array]:
+    """To what a swizzle holds, 64 or 32 numbers of 16 bits, and if one is wide, to what two warpgroups can share."""
+    wide = max(a.shape[-1] for a in arrays) > WIDEST_PRODUCT
+    return [pad(a, a.ndim - 1, 64 if wide or a.shape[-1] < 64 else 32) for a in arrays]
+
+
+def swizzle_of(*sizes: int) -> int:
+    """Numbers of 16 bits in a swizzle, one for all factors of a product; `sizes` are multiples of it."""
+    return 64 if all(size % 64 == 0 for size in sizes) else 32
+
+
+def smem(shape: tuple[int, ...], dtype: Any, swizzle: int) -> Any:
+    """As TMA writes and wgmma reads it; the last dim is a multiple of `swizzle`."""
+    transforms = plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(2 * swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def pieces(start: int, stop: int) -> tuple[slice, ...]:
+    """As few columns [start, stop) as make products of nearly equal width, each at most WIDEST_PRODUCT."""
+    count = -(-(stop - start) // WIDEST_PRODUCT)
+    size = -(-(stop - start) // (count * 32)) * 32
+    return tuple(slice(at, min(at + size, stop)) for at in range(start, stop, size))
+
+
+def halves(width: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """`pieces` of a width for each of two warpgroups."""
+    middle = -(-width // 64) * 32
+    return pieces(0, middle), pieces(middle, width)
 
 
 def full(shape: tuple[int, ...], value: Any, layout: Any) -> jax.Array:

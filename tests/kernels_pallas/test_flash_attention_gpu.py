@@ -1,23 +1,28 @@
 """The Hopper kernels of attention on a simulated chip against the equation in float64. That they compile is in test_aot.py."""
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import interpreted
-from test_flash_attention import ADVERSARIAL, Case, all_pairs, check_bfloat16
+from test_flash_attention import ADVERSARIAL, Case, all_pairs, check_bfloat16, computed
 
 from kernels_pallas import Mask, Unsupported, flash_attention
 from kernels_pallas.flash_attention import gpu, gpu_backward
 from kernels_pallas.flash_attention.hopper import (
     PRODUCER_REGISTERS,
     REGISTERS,
-    SHARED_MEMORY,
     WARPGROUPS,
-    Band,
+    WIDEST_PRODUCT,
+    halves,
+    pad_widths,
 )
+from kernels_pallas.flash_attention.hopper_walk import Band, Walk
 
 # Each over several tiles of 64 keys, blocks of 128 queries, or both. "every time" only what differs most: seconds each.
 CASES = {
@@ -41,6 +46,24 @@ CASES = {
     ),
     "packed, wide": Case(dims=(256, 256), heads=(2, 2), lengths=(130, 150), batch=1, segments="packed", softcap=2.0),
     "grouped, split": Case(dims=(192, 128), heads=(2, 1), lengths=(140, 130), batch=1, causal=True, offset=-10),
+    "absorbed": Case(dims=(576, 512), heads=(2, 1), lengths=(70, 130), batch=1, causal=True, offset=60),
+    "absorbed, packed": Case(
+        dims=(576, 512), heads=(1, 1), lengths=(140, 140), causal=True, segments="packed", softcap=2.0, sinks=True
+    ),
+    "wide keys alone": Case(dims=(320, 64), heads=(1, 1), lengths=(70, 70), batch=1, causal=True),
+    "widths of odd halves": Case(dims=(96, 160), heads=(2, 1), lengths=(140, 70), batch=1, window=(80, 20), offset=-30),
+    "positions": Case(dims=(64, 64), heads=(2, 1), lengths=(130, 270), batch=2, causal=True, positions="cache"),
+    "positions, segments and a window": Case(
+        dims=(96, 96),
+        heads=(1, 1),
+        lengths=(130, 200),
+        batch=2,
+        causal=True,
+        window=(70, None),
+        positions="tail",
+        segments="packed",
+        softcap=2.0,
+    ),
     "one query": Case(dims=(64, 64), heads=(2, 1), lengths=(1, 330), causal=True, offset=329),
     "nothing hidden": Case(dims=(64, 64), heads=(1, 1), lengths=(128, 192)),
 }
@@ -55,14 +78,22 @@ def some_slow(cases, every_time):
 def interpretable(monkeypatch):
     """Tiles small enough for several of them, with what the interpreter can run."""
 
-    def through_shared_memory(choose):
-        return lambda *widths: dataclasses.replace(choose(*widths), in_shared_memory=True)
+    through_shared_memory = functools.partial(dataclasses.replace, in_shared_memory=True)
 
-    monkeypatch.setattr(
-        gpu, "choose", through_shared_memory(lambda K, U: gpu.Tile(keys=64, stages=2, qk_width=K, v_width=U))
-    )
-    for name in ("choose_dq", "choose_dk_dv"):
-        monkeypatch.setattr(gpu_backward, name, through_shared_memory(getattr(gpu_backward, name)))
+    def choose(K, U):
+        wide = max(K, U) > WIDEST_PRODUCT
+        tile = gpu.Tile(keys=64, stages=1 if wide else 2, qk_width=K, v_width=U, split=wide)
+        return through_shared_memory(tile)
+
+    def choose_dq(K, U, choose=gpu_backward.choose_dq):
+        return through_shared_memory(choose(K, U))
+
+    def choose_dk_dv(K, U, extras, choose=gpu_backward.choose_dk_dv):
+        return [through_shared_memory(tile) for tile in choose(K, U, extras)]
+
+    monkeypatch.setattr(gpu, "choose", choose)
+    monkeypatch.setattr(gpu_backward, "choose_dq", choose_dq)
+    monkeypatch.setattr(gpu_backward, "choose_dk_dv", choose_dk_dv)
     with interpreted("gpu"):
         yield
 
@@ -72,7 +103,7 @@ def test_over_several_tiles(name, interpretable):
     check_bfloat16(CASES[name], "gpu")
 
 
-EDGES = [name for name, case in ADVERSARIAL.items() if not case.selected and not case.positions]
+EDGES = [name for name, case in ADVERSARIAL.items() if not case.selected]
 
 
 @pytest.mark.parametrize("name", some_slow(EDGES, {"a row of padding alone, sinks"}))
@@ -87,14 +118,33 @@ def features_in_pairs():
     )
     for case in all_pairs():
         name = f"{case.dims}-{case.heads}"
-        if max(case.dims) <= 256:
-            yield pytest.param(case, id=name, marks=[rounded] if name == "(128, 128)-(8, 2)" else [])
+        yield pytest.param(case, id=name, marks=[rounded] if name == "(128, 128)-(8, 2)" else [])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(features_in_pairs()))
 def test_features_in_pairs(case, interpretable):
     check_bfloat16(case, "gpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["causal, grouped", "grouped, split", "absorbed"])
+def test_twice_the_same_bits(name, interpretable):
+    first, second = (computed(CASES[name], jnp.bfloat16, "gpu") for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_chip(name):
+    if jax.default_backend() != "gpu":
+        pytest.skip(f"no device for 'gpu': this is {jax.default_backend()}")
+    check_bfloat16(CASES[name], "gpu")
+    first, second = (computed(CASES[name], jnp.bfloat16, "gpu") for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+# ---- which tiles
 
 
 @pytest.mark.parametrize("low", [None, -130, -64, -1, 20])
@@ -118,6 +168,92 @@ def test_tiles_that_no_query_sees_are_skipped(low, high):
             assert all(tiles[:, tile].any() for tile in walked), "a tile for nothing"
 
 
+def walks(mask: Mask, rows: int, columns: int) -> list[tuple[Walk, np.ndarray]]:
+    """Both ways over masks by ids [B, T] and [B, S], and the Tiles of each block."""
+    q_ids = mask.q_segment_ids_BT if mask.q_positions_BT is None else mask.q_positions_BT
+    kv_ids = mask.kv_segment_ids_BS if mask.kv_positions_BS is None else mask.kv_positions_BS
+    lengths = q_ids.shape[1], kv_ids.shape[1]
+    padded = tuple(-(-length // 128) * 128 for length in lengths)
+    made = [along(mask, lengths, padded, rows, columns) for along in (Walk.along_queries, Walk.along_keys)]
+    return [(walk, np.asarray(walk.arrays[2])) for walk in made]
+
+
+def documents(*lengths: int, total: int) -> np.ndarray:
+    """Ids of documents, and padding."""
+    ids = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    return np.pad(ids, (0, total - ids.size))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["segments", "positions", "both", "shuffled"])
+def test_what_ids_hide_is_skipped(kind, causal):
+    """Against the definition, of queries and of keys; of documents nothing is walked over for nothing, or masked."""
+    rng = np.random.default_rng(3)
+    ids = np.stack([documents(300, 10, 200, 37, 60, total=700), documents(512, total=700)])
+    if kind == "shuffled":
+        ids = rng.integers(0, 3, ids.shape)
+    # Rows of a cache, whose queries stand somewhere among the keys.
+    positions = np.arange(700) + np.array([[0], [150]]) if kind in ("positions", "both") else np.arange(700)[None]
+    seen = np.ones((2, 700, 700), bool)
+    if causal:
+        seen &= np.arange(700) <= positions[:, :, None]
+    names: dict[str, np.ndarray] = {}
+    if kind != "positions":
+        seen &= (ids[:, :, None] == ids[:, None]) & (ids != 0)[:, :, None]
+        names |= {"q_segment_ids_BT": ids, "kv_segment_ids_BS": ids}
+    if kind in ("positions", "both"):
+        names |= {"q_positions_BT": positions, "kv_positions_BS": np.broadcast_to(np.arange(700), (2, 700))}
+    mask = Mask(causal=causal, window=None if causal else (None, 1000), **{k: jnp.asarray(a) for k, a in names.items()})
+    for (_, tiles), sees, fill in zip(
+        walks(mask, 128, 64), (seen, seen.swapaxes(1, 2)), (False, kind == "positions"), strict=True
+    ):
+        # Columns beyond the end: keys are hidden; what queries get does not matter.
+        padded = np.pad(sees, ((0, 0), (0, 68), (0, 68)))
+        padded[:, :, 700:] |= fill
+        blocks = padded.reshape(2, 6, 128, 12, 64)
+        for b, i in np.ndindex(2, 6):
+            first, whole, partly, end = tiles[b, i]
+            assert 0 <= first <= whole <= partly <= end <= 12
+            rows = blocks[b, i, : 700 - i * 128]  # padded ones see what they like
+            some, every = rows.any((0, 2)), rows.all((0, 2))
+            assert set(np.flatnonzero(some)) <= set(range(first, end))
+            assert every[whole:partly].all()
+            if kind == "segments":
+                assert some[first:end].all(), "a tile for nothing"
+                assert every[first:end].sum() == partly - whole, "a mask for nothing"
+
+
+def test_documents_cost_what_they_cost_alone():
+    def walked(ids):
+        ids = jnp.asarray(ids)[None]
+        mask = Mask(causal=True, q_segment_ids_BT=ids, kv_segment_ids_BS=ids)
+        return [int((tiles[..., 3] - tiles[..., 0]).sum()) for _, tiles in walks(mask, 128, 64)]
+
+    alone = walked(documents(512, total=512))
+    assert alone == [2 + 4 + 6 + 8] * 2
+    assert walked(documents(*[512] * 8, total=4096)) == [8 * tiles for tiles in alone]
+    assert walked(documents(512, total=4096)) == alone, "padding is not free"
+
+
+def test_no_other_document_is_read(interpretable):
+    """Tiles of keys that are no numbers would leave none in the results, if only as zero times themselves."""
+    ids = jnp.asarray(documents(128, 70, 58, total=256))[None]
+    mask = Mask(causal=True, q_segment_ids_BT=ids, kv_segment_ids_BS=ids)
+
+    def attend(q, k, v):
+        return flash_attention(q, k, v, scale=0.1, mask=mask, implementation="gpu", return_lse=True)
+
+    def run(q, k, v):
+        results, vjp = jax.vjp(attend, q, k, v)
+        return *results, *vjp(jax.tree.map(jnp.ones_like, results))
+
+    draw = jax.random.normal(jax.random.key(0), (3, 1, 256, 1, 64), jnp.bfloat16)
+    q, k, v = jnp.where((ids == 1)[None, :, :, None, None], jnp.nan, draw)
+    for name, a in zip(("out", "lse", "dq", "dk", "dv"), jax.jit(run)(q, k, v), strict=True):
+        a = np.asarray(a, np.float32)
+        assert np.isnan(a[:, :128]).all() and not np.isnan(a[:, 128:]).any(), name
+
+
 def test_transposed_band_is_the_same_one():
     band = Band(low=-5, high=3, num_queries=20, num_keys=30)
     for query, key in np.ndindex(20, 30):
@@ -132,20 +268,33 @@ def test_what_the_chip_cannot_hold_is_refused():
         gpu.Tile(keys=128, stages=3, qk_width=192, v_width=128)
     with pytest.raises(ValueError, match="keys must be"):
         gpu.Tile(keys=96, stages=2, qk_width=64, v_width=64)
+    with pytest.raises(ValueError, match="cannot sum 512 columns"):
+        gpu.Tile(keys=64, stages=2, qk_width=64, v_width=512)
     with pytest.raises(ValueError, match="rows must be"):
-        gpu_backward.BackwardTile(rows=32)
-    with pytest.raises(ValueError, match="shared memory"):
-        gpu_backward.BackwardTile(stages=4).check(256, 256)
+        gpu_backward.BackwardTile(rows=96, stages=1, sums=(((),),))
+    with pytest.raises(Unsupported, match=r"no backward pass for widths 256 and 256.*'xla' takes every width"):
+        gpu_backward.BackwardTile(rows=64, stages=4, sums=(((),),)).check(256, 256)
     assert WARPGROUPS * REGISTERS + PRODUCER_REGISTERS <= 3 * 168
 
 
+WIDTHS = [*range(64, 257, 32), 320, 384, 448, 512, 576]
+
+
 def test_there_is_a_tile_for_all_widths():
-    for K in range(64, 257, 64):
-        for U in range(64, 257, 64):
-            assert gpu.choose(K, U).shared_memory <= SHARED_MEMORY
-            gpu_backward.choose_dq(K, U).check(K, U)
-            for extras in (False, True):
-                gpu_backward.choose_dk_dv(K, U, extras).check(K, U)
+    for widths in itertools.product(WIDTHS, WIDTHS[:-1]):
+        K, U = (a.shape[0] for a in pad_widths(*(np.zeros(width, np.float16) for width in widths)))
+        gpu.choose(K, U)  # checks itself
+        gpu_backward.choose_dq(K, U).check(K, U)
+        for extras in (False, True):
+            for tile in gpu_backward.choose_dk_dv(K, U, extras):
+                tile.check(K, U)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_both_warpgroups_together_sum_all_columns(width):
+    all_pieces = [piece for half in halves(width) for piece in half]
+    assert [column for piece in all_pieces for column in range(piece.start, piece.stop)] == list(range(width))
+    assert all(0 < p.stop - p.start <= WIDEST_PRODUCT and p.start % 32 == 0 for p in all_pieces)
 
 
 def test_what_it_lacks_is_said():
@@ -153,11 +302,9 @@ def test_what_it_lacks_is_said():
         q, v = jnp.zeros((1, 8, 1, width), dtype), jnp.zeros((1, 8, 1, v_width), dtype)
         flash_attention(q, q, v, scale=scale, mask=Mask(**mask), implementation="gpu")
 
-    ids = jnp.zeros((1, 8), jnp.int32)
     for options, said in (
         ({"dtype": jnp.float32}, "no float32"),
-        ({"width": 576, "v_width": 512}, "no widths above 256"),
-        ({"q_positions_BT": ids, "kv_positions_BS": ids, "causal": True}, "no masks by positions"),
+        ({"width": 704, "v_width": 512}, "no tile for widths 704 and 512; 'xla' takes every width"),
         ({"selected_BTS": jnp.ones((1, 8, 8), bool)}, "no masks by selection"),
         ({"scale": 0.0}, "positive scale"),
     ):
