@@ -1,7 +1,11 @@
 """DeepSeek-V3, 671B parameters of which 37B are active (arXiv 2412.19437).
 
 Architecture and optimization as published: sections 2 and 4.2 of the report, and the released configuration file. The corpus is
-not public: set `data.source`. A run is meant for thousands of accelerators; on a laptop this config counts parameters.
+not public: set `data.source`. A run is meant for thousands of accelerators; on a laptop this config counts parameters, and
+
+    python -m experiments.compile --config=configs/deepseek_v3.py --topology=v5p:8x8x8
+
+compiles the train step for 512 of them.
 """
 
 from experiments.config import BatchRampConfig, ExperimentConfig, LossConfig, TrainConfig
@@ -80,9 +84,9 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
             num_steps=247_200,  # 14.8T tokens: 469B in 19,414 steps while the batch ramps, then 62.9M a step
             batch_size=15360,
             seq_len=4096,
-            grad_accum_steps=5,
+            grad_accum_steps=15,  # micro-batches of 1,024 rows: one each on 1,024 devices, two each on 512
             batch_ramp=BatchRampConfig(start_batch_size=3072, tokens=469e9),
         ),
-        # 3.2 "64-way expert parallelism" over 2048 devices; fsdp splits parameters in place of the report's 16 pipeline stages.
-        mesh=MeshConfig(data=None, fsdp=16, expert=64, tensor=2),
+        # For any multiple of 512 devices. fsdp splits parameters in place of the report's 16 pipeline stages (3.2).
+        mesh=MeshConfig(data=None, fsdp=16, expert=32),
     )

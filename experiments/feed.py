@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.config import ExperimentConfig
+from experiments.config import ExperimentConfig, TrainConfig
 from experiments.data.pipeline import Data
 from mdl import sharding
 
@@ -23,6 +23,14 @@ def place(rows: Mapping[str, np.ndarray], mesh: Mesh, micro_batches: int | None 
         return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, sharding.ROWS, None)), stacked)
 
     return {name: one(array) for name, array in rows.items()}
+
+
+def abstract_batch(train: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of the batch of a step at its full size, as `place` makes it."""
+    rows = NamedSharding(mesh, P(None, sharding.ROWS, None))
+    shape = (train.grad_accum_steps, train.micro_batch_size, train.seq_len + 1)
+    names = ("tokens", "segment_ids", "positions")
+    return {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=rows) for name in names}
 
 
 class Feed:

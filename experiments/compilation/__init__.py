@@ -1,0 +1,1 @@
+"""A train step compiled for devices that are not there, and what can be read off it."""

@@ -1,0 +1,97 @@
+"""The command that compiles a train step for devices that are not there."""
+
+import json
+import re
+
+import pytest
+
+from experiments import compile as command
+from experiments.compilation.step import DoesNotFit
+from experiments.errors import UserError
+from kernels_pallas import aot
+from kernels_pallas.aot_cluster import cluster
+
+needs_compilers = pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
+
+TINY = ["--config=configs/tiny.py", "--config.model.num_hidden_layers=2", "--config.model.mtp=none"]
+TINY += ["--config.loss.mtp_loss_weight=none"]
+
+
+def compile_to(path, *argv):
+    code = command.main([*argv, f"--out={path}"])
+    return code, json.loads(path.read_text())["results"]
+
+
+@needs_compilers
+def test_a_small_step_on_eight_tpus(tmp_path, capsys):
+    code, found = compile_to(tmp_path / "out.json", *TINY, "--topology=v5e:2x4", "--config.mesh.expert=4")
+    assert code == 0 and found["fits"]
+    assert (found["devices"], found["device_kind"]) == (8, "TPU v5 lite")
+    assert found["mesh"] == {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}
+    memory, flops = found["memory"], found["flops"]
+    # Parameters and two moments in float32: all of them less 3 of 4 parts of the experts.
+    experts = 16 * 3 * 256 * 176
+    assert 0 < memory["arguments"] - 12 * (found["parameters"]["total"] - experts * 3 / 4) < 1e6
+    assert memory["peak"] == memory["arguments"] + memory["outputs"] + memory["temporaries"] < memory["hbm"]
+    # Nothing is recomputed; the padding of experts and attention's hidden half come on top.
+    assert 1 < flops["program"] / flops["model"] < 2
+    assert {line["kind"] for line in found["collectives"]} >= {"all-reduce", "all-gather", "reduce-scatter"}
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"traced in \d+ s; compiling for v5e:2x4, which may take minutes\n", printed.err)
+    assert re.search(r"^memory .* of 16\.0: fits$", printed.out, re.MULTILINE)
+    assert re.search(r"^step .* MFU .*estimates", printed.out, re.MULTILINE)
+
+
+def test_what_does_not_fit_is_one_line_and_exit_code_1(monkeypatch, capsys, tmp_path):
+    def too_large(config, cluster, say):
+        raise DoesNotFit("Ran out of memory in memory space hbm. Used 120.00G of 15.75G hbm.")
+
+    monkeypatch.setattr(command, "prepare", lambda config, topology: cluster(topology))
+    monkeypatch.setattr(command, "compile_step", too_large)
+    code, found = compile_to(tmp_path / "out.json", "--config=configs/tiny.py", "--topology=v5e:2x4")
+    assert code == 1 and not found["fits"]
+    printed = capsys.readouterr()
+    assert printed.err == "does not fit v5e:2x4: Ran out of memory in memory space hbm. Used 120.00G of 15.75G hbm.\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--topology=v5:2x4"],
+            r"--topology=v5:2x4: no chip 'v5'; there are v5e, v5p, v6e, tpu7x, h200 \(did you mean",
+        ),
+        (["--topology=v5p:8x8"], "v5p takes chips along each axis, such as v5p:2x2x1$"),
+        (["--topology=v5e:2x0"], "v5e takes chips along each axis, such as v5e:2x2"),
+        (["--topology=h200"], "h200 takes slices x hosts x GPUs of a host, such as h200:1x1x1"),
+        (["--topology=v5e:2x4", "--out=/no/such/folder/out.json"], "--out=/no/such/folder/out.json: no such directory"),
+        ([], "--topology is required"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(argv, message):
+    with pytest.raises(UserError, match=message):
+        command.main(["--config=configs/tiny.py", *argv])
+
+
+@needs_compilers
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--topology=v5p:3x3x3"], 'Topology layout "v5p:3x3x3" is not divisible'),
+        (["--topology=v5e:2x4", "--config.mesh.expert=3"], "does not fit 8 devices"),
+        (["--topology=v5e:4x4"], "train.batch_size / train.grad_accum_steps=8 is not divisible by mesh .*=16"),
+        (["--topology=v5e:2x4", "--config.train.seq_len=4096"], "more than model.max_position_embeddings"),
+    ],
+)
+def test_what_cannot_be_trained_there_is_refused_before_compiling(argv, message):
+    with pytest.raises(UserError, match=message):
+        command.main(["--config=configs/tiny.py", *argv])
+
+
+def test_missing_compilers_are_named(monkeypatch):
+    def missing():
+        raise aot.Unavailable("libtpu not installed: pip install 'mdl[aot]'")
+
+    monkeypatch.setattr(aot, "check_installed", missing)
+    with pytest.raises(UserError, match="libtpu not installed"):
+        command.main(["--config=configs/tiny.py", "--topology=v5e:2x4"])
