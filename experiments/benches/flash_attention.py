@@ -1,17 +1,21 @@
 """Causal attention, forward and backward, on production shapes, beside what JAX itself has for the shape.
 
 Operations are those of the pairs that a causal query sees: two products forward, five backward. The rivals are
-`jax.nn.dot_product_attention` by XLA, while its scores fit, and on a GPU by cuDNN, with values padded to the width of keys.
+`jax.nn.dot_product_attention` by XLA, while its scores fit, and on a GPU by cuDNN, with values padded to the width of keys, and
+tokamax where that is installed; on a TPU splash attention.
 """
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from experiments.benches.report import BenchFlags, interleaved_seconds, report
 from experiments.cli import parse_flags
@@ -77,7 +81,7 @@ def _rates(shape: Shape, times: dict[Any, float], who: str) -> dict[str, float]:
     found = {}
     for way, flops in (("forward", shape.forward_flops), ("backward", shape.backward_flops)):
         mine = times[who, way]
-        rivals = [time for (other, of), time in times.items() if of == way and other.startswith("jax")]
+        rivals = [time for (other, of), time in times.items() if of == way and other not in BACK_ENDS]
         found |= {
             f"{way}_ms": 1000 * mine,
             f"{way}_gflops": flops / mine / 1e9,
@@ -108,4 +112,33 @@ def _candidates(shape: Shape) -> dict[str, Callable]:
         ours["jax xla"] = functools.partial(rival, "xla")
     if jax.default_backend() == "gpu":
         ours["jax cudnn"] = functools.partial(rival, "cudnn")
+        if importlib.util.find_spec("tokamax"):
+            ours["tokamax"] = functools.partial(_tokamax, scale, causal)
+    if jax.default_backend() == "tpu":
+        ours["splash"] = functools.partial(_splash, scale, causal)
     return ours
+
+
+def _tokamax(scale: float, causal: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    tokamax = importlib.import_module("tokamax")  # no dependency of ours
+    return tokamax.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="mosaic")
+
+
+def _splash(scale: float, causal: bool, q_BTNK: jax.Array, k_BSZK: jax.Array, v_BSZU: jax.Array) -> jax.Array:
+    """With the large blocks and the fused backward pass that its users choose; the scale is rounded into q, as there."""
+    (num_queries, heads), num_keys = q_BTNK.shape[1:3], k_BSZK.shape[1]
+    rows, columns = min(1024, num_queries), min(1024, num_keys)
+    blocks = splash_attention_kernel.BlockSizes(
+        block_q=rows,
+        block_kv=columns,
+        block_kv_compute=min(512, columns),
+        block_q_dkv=rows,
+        block_kv_dkv=columns,
+        block_kv_dkv_compute=min(512, columns),
+        use_fused_bwd_kernel=True,
+    )
+    kind = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
+    masks = splash_attention_mask.MultiHeadMask([kind((num_queries, num_keys))] * heads)
+    kernel = splash_attention_kernel.make_splash_mha_single_device(masks, block_sizes=blocks)
+    out_BNTU = jax.vmap(kernel)(*(a.swapaxes(1, 2) for a in (q_BTNK * scale, k_BSZK, v_BSZU)))
+    return out_BNTU.swapaxes(1, 2)
