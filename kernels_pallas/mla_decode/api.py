@@ -9,12 +9,16 @@ import jax.numpy as jnp
 
 from kernels_pallas.mla_decode import reference, xla
 from kernels_pallas.mla_decode.cache import AnyCache, capacity
-from kernels_pallas.select import select
+from kernels_pallas.select import LazyModule, select
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["xla", "reference", "gpu"]
 # A back end is a module with `decode(q_latent_BTNC, q_rope_BTNR, cache, lengths_B, scale, splits) -> (out_BTNC, lse_BTN)`, which
 # raises Unsupported to decline a call; the first is the default.
-BACK_ENDS: dict[str, ModuleType] = {"xla": xla, "reference": reference}
+BACK_ENDS: dict[str, ModuleType | LazyModule] = {
+    "xla": xla,
+    "reference": reference,
+    "gpu": LazyModule("kernels_pallas.mla_decode.gpu"),
+}
 
 
 def mla_decode(

@@ -1,0 +1,135 @@
+"""The Hopper kernel of decoding on a simulated chip against the equation in float64. That it compiles is in test_aot.py."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import pytest
+from harness import interpreted
+from mla_decode_cases import SCALE, Case, check_bfloat16
+
+from kernels_pallas import Unsupported, aot
+from kernels_pallas.mla_decode import Fp8LatentCache, LatentCache, gpu, mla_decode
+from kernels_pallas.mla_decode.gpu_cache import SLOTS
+
+bfloat16 = functools.partial(Case, dtype=ml_dtypes.bfloat16, widths=(128, 64))
+fp8 = functools.partial(Case, dtype=ml_dtypes.bfloat16, widths=(512, 64), fp8=True)
+# Blocks of 64 slots that are full, end at a slot, or begin behind what the first of several queries sees.
+CASES = {
+    "one query": bfloat16(lengths=(1, 63, 64, 65, 150), capacity=192),
+    "drafted tokens, pages, an empty row": bfloat16(lengths=(0, 2, 64, 65, 130), capacity=192, queries=3, page=64),
+    "rows over two tiles, large pages": bfloat16(lengths=(1, 70, 256), capacity=256, queries=4, heads=17, page=128),
+    "wide": bfloat16(lengths=(70,), capacity=128, widths=(512, 64), heads=64),
+    "fp8": fp8(lengths=(70,), capacity=128, queries=2, page=64),
+    "fp8, ue8m0, an empty row": fp8(lengths=(0, 1, 192), capacity=192, queries=2, ue8m0=True),
+}
+EVERY_TIME = {"drafted tokens, pages, an empty row", "fp8"}
+
+
+@pytest.fixture
+def interpretable(monkeypatch):
+    monkeypatch.setattr(gpu, "choose", lambda: gpu.Tile(in_shared_memory=True))
+    with interpreted("gpu"):
+        yield
+
+
+def run(case: Case, splits: int | None):
+    call = functools.partial(mla_decode, scale=SCALE, splits=splits, implementation="gpu")
+    return jax.block_until_ready(jax.jit(call)(*case.args))
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_values(name, interpretable):
+    check_bfloat16(CASES[name], run(CASES[name], splits=1))
+
+
+@pytest.mark.parametrize("splits", [2, pytest.param(None, marks=pytest.mark.slow)])
+def test_splits(splits, interpretable):
+    """More parts than some rows have blocks; None takes as many as there are blocks, for so few rows."""
+    case = bfloat16(lengths=(0, 1, 128, 70, 256), capacity=256, queries=2)
+    check_bfloat16(case, run(case, splits))
+
+
+def test_a_length_beyond_the_capacity_sees_all(interpretable):
+    case = bfloat16(lengths=(64, 64), capacity=64)
+    q_latent, q_rope, cache, lengths = case.args
+    call = functools.partial(mla_decode, scale=SCALE, splits=1, implementation="gpu")
+    check_bfloat16(case, jax.jit(call)(q_latent, q_rope, cache, lengths + 5))
+
+
+def shapes(kind: str, in_pages: bool):
+    """Arguments for four rows of 512 slots."""
+    shape = jax.ShapeDtypeStruct
+    table: Any = shape((4, 8), jnp.int32) if in_pages else None
+    rows = (32, SLOTS) if in_pages else (4, 8 * SLOTS)
+    latent, rope, packed = (shape((*rows, width), dtype) for width, dtype in WIDTHS)
+    cache = LatentCache(latent, rope, table) if kind == "bfloat16" else Fp8LatentCache(packed, 512, table)
+    return *(shape((4, 2, 16, width), jnp.bfloat16) for width in (512, 64)), cache, shape((4,), jnp.int32)
+
+
+WIDTHS: Any = (512, jnp.bfloat16), (64, jnp.bfloat16), (656, jnp.uint8)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("in_pages", [False, True])
+@pytest.mark.parametrize("splits", [1, None])
+def test_it_lowers_without_a_gpu(splits, in_pages, kind):
+    call = functools.partial(mla_decode, scale=SCALE, splits=splits, implementation="gpu")
+    lowered = jax.jit(call).trace(*shapes(kind, in_pages)).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
+def test_an_fp8_cache_is_not_copied():
+    """Its bytes reach the kernel under three types."""
+    call = functools.partial(mla_decode, scale=SCALE, splits=1, implementation="gpu")
+    report = aot.chip("h200").compile(call, *shapes("fp8", in_pages=True))
+    assert report.compiled and report.temp_bytes < 4 * 512 * 656
+
+
+def test_splits_fill_the_chip_in_whole_waves():
+    assert gpu.choose_splits(row_blocks=256, blocks=64, num_sms=132) == 1
+    assert gpu.choose_splits(row_blocks=128, blocks=64, num_sms=132) == 1, "two would take two waves"
+    assert gpu.choose_splits(row_blocks=16, blocks=512, num_sms=132) == 8, "nine would take two waves"
+    assert gpu.choose_splits(row_blocks=1, blocks=512, num_sms=132) == 128, (
+        "of four blocks each; 132 would take as long"
+    )
+    assert gpu.choose_splits(row_blocks=1, blocks=1, num_sms=132) == 1
+    for row_blocks in (1, 3, 40, 70, 200):
+        splits = gpu.choose_splits(row_blocks, 1000, 132)
+        waves = -(-row_blocks * splits // 132)
+        assert row_blocks * splits > 0.8 * 132 * waves, "a fifth of the chip has nothing to do"
+
+
+def test_what_it_lacks_is_said():
+    def call(C: Any = 512, R: Any = 64, dtype=jnp.bfloat16, cache_dtype=jnp.bfloat16, slots: Any = 64, **other: Any):
+        q = jnp.zeros((1, 1, 2, C), dtype), jnp.zeros((1, 1, 2, R), dtype)
+        plain = LatentCache(
+            jnp.zeros((1, slots, C), cache_dtype), jnp.zeros((1, slots, R), cache_dtype), other.get("table")
+        )
+        cache, scale = other.get("cache", plain), other.get("scale", SCALE)
+        mla_decode(*q, cache, jnp.ones(1, jnp.int32), scale=scale, implementation="gpu")
+
+    rows = Fp8LatentCache.pack(jnp.zeros((1, 64, 256)), jnp.zeros((1, 64, 64)))
+    for options, said in (
+        ({"dtype": jnp.float32}, "bfloat16 alone, not bfloat16, float32"),
+        ({"cache_dtype": jnp.float32}, "bfloat16 alone, not bfloat16, float32"),
+        ({"C": 576}, "latents of 128, 256, 384 or 512 .* have 576 and 64"),
+        ({"C": 192}, "have 192 and 64"),
+        ({"R": 32}, "have 512 and 32"),
+        ({"slots": 100}, "a capacity of a multiple of 64 slots, not 100"),
+        ({"slots": 16, "table": jnp.zeros((1, 4), jnp.int32)}, "pages of a multiple of 64 slots, not 16"),
+        ({"scale": 0.0}, "positive scale"),
+        ({"C": 256, "cache": rows}, "FP8 latents of 512 alone"),
+    ):
+        with pytest.raises(Unsupported, match=said):
+            call(**options)
+
+
+def test_stages_are_checked():
+    with pytest.raises(ValueError, match="stages must be at least 1"):
+        gpu.Tile(stages=0)
