@@ -15,6 +15,8 @@ from experiments.loading import ModelSource, find_model
 _FREE = (
     "scan_layers:",
     "remat:",
+    "moe.transport:",
+    "moe.transport.",
     "precision.",
     "initializer_range:",
     "max_position_embeddings:",

@@ -36,7 +36,7 @@ _IDENTITY = (
     "data.streaming",
     "train.seq_len",
 )
-_FREE = ("model.scan_layers", "model.remat", "model.max_position_embeddings")
+_FREE = ("model.scan_layers", "model.remat", "model.moe.transport", "model.max_position_embeddings")
 
 
 def check_directory(config: ExperimentConfig, directory: pathlib.Path) -> None:

@@ -89,7 +89,7 @@ def make_train_step(config: ExperimentConfig, model: PureModel) -> Callable[...,
             "learning_rate": learning_rate,
             "skipped_steps": new["skipped"],
             "skipped_in_a_row": new["skipped_in_a_row"],
-            **load_metrics(terms.loads, new["buffers"]),
+            **load_metrics(terms.loads, terms.dropped, new["buffers"]),
         }
         return new, metrics
 
@@ -119,30 +119,42 @@ def move_biases(buffers: Tree, loads: dict[str, jax.Array], speed: jax.Array) ->
     """Router biases after one optimizer step; `loads` are summed over micro-batches and devices, so the move is one per step."""
 
     def moved(path: jax.tree_util.KeyPath, bias: jax.Array) -> jax.Array:
-        names = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        return updated_bias(bias, loads[f"mtp_{names[1]}" if names[0] == "mtp" else names[0]], speed)
+        return updated_bias(bias, loads[_layers_of(path)], speed)
 
     return jax.tree_util.tree_map_with_path(moved, buffers)
 
 
-def load_metrics(loads: dict[str, jax.Array], buffers: Tree) -> Metrics:
-    """Balance of the experts, over all mixture-of-experts layers: max violation max/mean - 1 (mean and worst layer), entropy of the
-    load as a share of the uniform one's, norm of the router biases."""
+def _layers_of(path: jax.tree_util.KeyPath) -> str:
+    """The name that `Terms.loads` has for the layers of a buffer."""
+    names = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    return f"mtp_{names[1]}" if names[0] == "mtp" else names[0]
+
+
+def load_metrics(loads: dict[str, jax.Array], dropped: dict[str, jax.Array], buffers: Tree) -> Metrics:
+    """Balance of the experts: max violation max/mean - 1, entropy of the load as a share of the uniform one's, share of choices
+    that were dropped, norm of the router biases. Means over the mixture-of-experts layers, the worst violation, and each layer's
+    own, those of the stack first and then the MTP modules'."""
     if not loads:
         return {}
+    names = sorted(loads, key=lambda name: (name != "stack", name))
     E = loads["stack"].shape[-1]
-    load_LE = jnp.concatenate([load.reshape(-1, E) for load in loads.values()])
-    share_LE = load_LE / jnp.maximum(jnp.sum(load_LE, axis=-1, keepdims=True), 1)
-    violation_L = jnp.max(share_LE, axis=-1) * E - 1
-    entropy_L = -jnp.sum(jax.scipy.special.xlogy(share_LE, share_LE), axis=-1) / jnp.log(E)
-    metrics = {
-        "load/max_violation": jnp.mean(violation_L),
-        "load/worst_violation": jnp.max(violation_L),
-        "load/entropy": jnp.mean(entropy_L),
+    load_LE = jnp.concatenate([loads[name].reshape(-1, E) for name in names])
+    total_L = jnp.maximum(jnp.sum(load_LE, axis=-1), 1)
+    share_LE = load_LE / total_L[:, None]
+    by_layer = {
+        "max_violation": jnp.max(share_LE, axis=-1) * E - 1,
+        "entropy": -jnp.sum(jax.scipy.special.xlogy(share_LE, share_LE), axis=-1) / jnp.log(E),
+        "drop_rate": jnp.concatenate([dropped[name].reshape(-1) for name in names]) / total_L,
     }
-    if jax.tree.leaves(buffers):
-        metrics["load/bias_norm"] = global_norm(buffers)
-    return metrics
+    biases = {_layers_of(path): bias for path, bias in jax.tree_util.tree_leaves_with_path(buffers)}
+    if biases:
+        bias_LE = jnp.concatenate([biases[name].reshape(-1, E) for name in names])
+        by_layer["bias_norm"] = jnp.linalg.norm(bias_LE, axis=-1)
+    return {
+        **{f"load/{name}": jnp.mean(values_L) for name, values_L in by_layer.items()},
+        "load/worst_violation": jnp.max(by_layer["max_violation"]),
+        **{f"load/by_layer/{name}": values_L for name, values_L in by_layer.items()},
+    }
 
 
 def make_eval_step(model: PureModel) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -19,9 +19,11 @@ AttentionConfig = MlaConfig | GqaConfig | DsaConfig
 
 
 class BlockStats(NamedTuple):
-    """What a mixture-of-experts layer reports: tokens per expert, and the balance loss summed over rows."""
+    """What a mixture-of-experts layer reports: tokens per expert, the choices among them that were dropped for lack of
+    room, and the balance loss summed over rows."""
 
     load_E: jax.Array
+    dropped: jax.Array
     balance_loss: jax.Array
 
 
@@ -45,5 +47,5 @@ class Block(nnx.Module):
         if isinstance(self.mlp, Mlp):
             return x_BTD + self.mlp(normed_BTD), None, cache
         valid_BT = None if context.segment_ids_BT is None else context.segment_ids_BT > 0
-        y_BTD, routing = self.mlp(normed_BTD, valid_BT)
-        return x_BTD + y_BTD, BlockStats(routing.load_E, routing.balance_loss), cache
+        y_BTD, routing, traffic = self.mlp(normed_BTD, valid_BT)
+        return x_BTD + y_BTD, BlockStats(routing.load_E, traffic.dropped, routing.balance_loss), cache

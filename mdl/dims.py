@@ -10,4 +10,5 @@ Lower case marks the local shard inside `shard_map` (`x_btD`: rows and positions
     X  experts per token              M  routed rows (tokens x X, sorted by expert)
     I  indexer heads                  J  indexer head dim         W  selected keys
     P  cache pages                    Y  rows per page
+    O  devices that own experts
 """

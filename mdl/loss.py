@@ -34,7 +34,8 @@ class Counts(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The loss and its parts; each a mean over the counts once summed over micro-batches. `loads` feeds the router biases."""
+    """The loss and its parts; each a mean over the counts once summed over micro-batches. `loads` feeds the router biases,
+    `dropped` has the choices among them that found no room on their way to the expert."""
 
     loss: jax.Array
     main: jax.Array
@@ -42,6 +43,7 @@ class Terms(NamedTuple):
     balance: jax.Array
     z: jax.Array
     loads: dict[str, jax.Array]
+    dropped: dict[str, jax.Array]
 
 
 def targets_at_depth(tokens: jax.Array, segment_ids: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
@@ -133,6 +135,13 @@ def loss_terms(
     balance = sum((block.balance_loss for block in with_experts.values()), jnp.float32(0)) / counts.rows
 
     loads = {name: block.load_E for name, block in with_experts.items()}
+    dropped = {name: block.dropped for name, block in with_experts.items()}
     return Terms(
-        loss + weights.balance * balance, main.nll / counts.targets, tuple(mtp), balance, main.z / counts.targets, loads
+        loss + weights.balance * balance,
+        main.nll / counts.targets,
+        tuple(mtp),
+        balance,
+        main.z / counts.targets,
+        loads,
+        dropped,
     )

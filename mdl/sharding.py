@@ -63,7 +63,7 @@ class MeshConfig:
 
     def build(self, devices: list[Any] | None = None) -> Mesh:
         devices = jax.devices() if devices is None else devices
-        # A mesh axis may cut an axis of a TPU's torus in two: `jax.make_mesh` refuses that, and with it most shapes of large slices.
+        # A mesh axis may cut an axis of a TPU's torus in two: `jax.make_mesh` refuses that, and so most shapes of large slices.
         grid = mesh_utils.create_device_mesh(self.shape(len(devices)), devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
@@ -117,8 +117,13 @@ def local(fn: Callable, in_specs: Any, out_specs: Any, *, vary: tuple[str, ...] 
     if not mesh_is_set():
         return fn
 
-    def varying(x: jax.Array) -> jax.Array:
-        missing = tuple(axis for axis in vary if axis not in jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+    def enter(*args: Any) -> Any:
+        return fn(*jax.tree.map(lambda x: varying(x, vary), args))
 
-    return jax.shard_map(lambda *args: fn(*jax.tree.map(varying, args)), in_specs=in_specs, out_specs=out_specs)
+    return jax.shard_map(enter, in_specs=in_specs, out_specs=out_specs)
+
+
+def varying(x: jax.Array, axes: tuple[str, ...] = AXES) -> jax.Array:
+    """Inside `local`: the same values, of a type that may differ along these mesh axes."""
+    missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x

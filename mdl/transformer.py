@@ -35,7 +35,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 
 class Output(NamedTuple):
     hidden_BTD: jax.Array  # after the final norm
-    stats: BlockStats | None  # load_E stacked over mixture-of-experts layers [L, E], balance_loss summed over them
+    stats: BlockStats | None  # of mixture-of-experts layers: load_E [L, E], dropped [L], balance_loss summed
     cache: dict[str, Any] | None
 
 
@@ -135,7 +135,7 @@ class Transformer(nnx.Module):
             x_BTD, _, prefix_cache[i] = run(x_BTD, cache and cache["prefix"][i])
         x_BTD, stats, stack_cache = self._run_stack(x_BTD, context, cache and cache["stack"])
         if stats is not None:
-            stats = BlockStats(stats.load_E, jnp.sum(stats.balance_loss))
+            stats = stats._replace(balance_loss=jnp.sum(stats.balance_loss))
         new_cache = None if cache is None else {"prefix": prefix_cache, "stack": stack_cache}
         return Output(self.final_norm(x_BTD), stats, new_cache)
 

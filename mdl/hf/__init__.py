@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from mdl.hf import deepseek_v2, deepseek_v3, deepseek_v32, llama, qwen3, qwen3_moe
 from mdl.hf.fields import Fields
 from mdl.hf.table import Table
+from mdl.moe.transport_ring import RingConfig
 from mdl.precision import PrecisionConfig
 from mdl.transformer import TransformerConfig
 
@@ -90,6 +91,7 @@ def _numbers(config: TransformerConfig) -> TransformerConfig:
         config,
         first_k_dense_replace=config.num_prefix_layers,
         precision=PrecisionConfig(param=config.precision.param),
+        moe=config.moe and dataclasses.replace(config.moe, transport=RingConfig()),
         scan_layers=True,
         remat="none",
     )

@@ -1,53 +1,66 @@
 """Brings tokens to experts and back, inside `shard_map`: the one place that knows where experts live.
 
-Rows are split over (data, fsdp, expert) and experts over `expert`, as in DeepSeek's expert parallelism. Dropless.
+Rows are split over (data, fsdp, expert) and experts over `expert`, as in DeepSeek's expert parallelism.
 """
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import expert_mlp
 from mdl import sharding
 from mdl.moe.experts import Experts
+from mdl.moe.transport import AXIS, Rows, Traffic
+from mdl.moe.transport_all_to_all import AllToAllConfig
+from mdl.moe.transport_ragged import EmulatedRaggedConfig, RaggedAllToAllConfig
+from mdl.moe.transport_ring import RingConfig
+
+TransportConfig = RingConfig | AllToAllConfig | RaggedAllToAllConfig | EmulatedRaggedConfig
 
 
-def dispatch(x_BTD: jax.Array, index_BTX: jax.Array, weight_BTX: jax.Array, experts: Experts) -> jax.Array:
-    """y_BTD = sum over x of weight_BTX * expert index_BTX of x_BTD; an index of E is no expert.
+def check_platform(transport: TransportConfig, platform: str) -> None:
+    """Raises ValueError where the platform (as `jax.default_backend()` spells it) lacks the transport; it names those that work."""
+    if platform not in transport.platforms:
+        working = [member.__name__ for member in TransportConfig.__args__ if platform in member.platforms]
+        raise ValueError(f"{type(transport).__name__} does not run on {platform}; {', '.join(working)} do")
 
-    Every device of the `expert` axis gathers the tokens of the others, computes those that chose its experts, and the partial sums
-    are scattered back ("ring" transport: simple, no drops, traffic independent of the routing).
-    """
+
+def dispatch(
+    x_BTD: jax.Array, index_BTX: jax.Array, weight_BTX: jax.Array, experts: Experts, transport: TransportConfig
+) -> tuple[jax.Array, Traffic]:
+    """y_BTD = sum over x of weight_BTX * expert index_BTX of x_BTD, an index of E is no expert; and the traffic of all devices."""
     dtype = experts.precision.compute_dtype
-    split = sharding.mesh_is_set()
 
     def local(x_btD, index_btX, weight_btX, gate_eDf, up_eDf, down_efD):
-        if split:
-            x_btD, index_btX, weight_btX = (
-                jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x_btD, index_btX, weight_btX)
+        own = Rows(*(a.reshape(-1, a.shape[-1]) for a in (x_btD, index_btX, weight_btX)))
+
+        def compute(rows: Rows) -> jax.Array:
+            first = jax.lax.axis_index(AXIS) * gate_eDf.shape[0] if sharding.mesh_is_set() else 0
+            index_MX, expected = rows.index_MX - first, own.index_MX.size  # equal loads: as many come as leave
+            return expert_mlp(
+                rows.x_MD, index_MX, rows.weight_MX, gate_eDf, up_eDf, down_efD, expected_choices=expected
             )
-            index_btX = index_btX - jax.lax.axis_index("expert") * gate_eDf.shape[0]
-        shape, X = x_btD.shape, index_btX.shape[-1]
-        y = expert_mlp(
-            x_btD.reshape(-1, shape[-1]),
-            index_btX.reshape(-1, X),
-            weight_btX.reshape(-1, X).astype(dtype),
-            gate_eDf,
-            up_eDf,
-            down_efD,
-        )
-        y_btD = y.reshape(shape)
-        if split:
-            y_btD = jax.lax.psum_scatter(y_btD, "expert", scatter_dimension=0, tiled=True)
-            y_btD = jax.lax.psum(y_btD, "tensor")
-        return y_btD
+
+        if sharding.axis_size(AXIS) == 1:
+            y_MD, traffic = compute(own), Traffic(jnp.int32(0), jnp.int32(0))
+        else:
+            y_MD, traffic = transport.carry(own, compute, gate_eDf.shape[0])
+        if sharding.mesh_is_set():
+            y_MD = jax.lax.psum(y_MD, "tensor")
+            traffic = jax.tree.map(
+                lambda n: jax.lax.pmax(jax.lax.psum(sharding.varying(n), sharding.ROWS), "tensor"), traffic
+            )
+        return y_MD.reshape(x_btD.shape), traffic
 
     parameters = (experts.gate_EDF, experts.up_EDF, experts.down_EFD)
     rows = P(sharding.ROWS, None, None)
     return sharding.local(
-        local, in_specs=(rows, rows, rows, *(sharding.gathered(*p.axes) for p in parameters)), out_specs=rows
+        local,
+        in_specs=(rows, rows, rows, *(sharding.gathered(*p.axes) for p in parameters)),
+        out_specs=(rows, P()),
     )(
         x_BTD,
         index_BTX,
-        weight_BTX,
+        weight_BTX.astype(dtype),
         *(sharding.reshard(p[...].astype(dtype), sharding.gathered(*p.axes)) for p in parameters),
     )

@@ -214,12 +214,24 @@ def test_eight_devices_take_the_same_step(state, stepped):
 
 def test_load_metrics_by_hand():
     loads = {"stack": jnp.array([[2.0, 2, 2, 2], [8, 0, 0, 0]]), "mtp_0": jnp.array([4.0, 4, 0, 0])}
-    got = load_metrics(loads, {"bias": jnp.array([3.0, 4])})
+    dropped = {"stack": jnp.array([0, 2]), "mtp_0": jnp.int32(2)}
+    biases = {
+        "mtp": {"0": {"bias": jnp.array([0.0, 0, 0, 9])}},
+        "stack": {"bias": jnp.array([[3.0, 4, 0, 0], [0, 0, 0, 0]])},
+    }
+    got = load_metrics(loads, dropped, biases)
     np.testing.assert_allclose(got["load/max_violation"], (0 + 3 + 1) / 3)
     np.testing.assert_allclose(got["load/worst_violation"], 3)
     np.testing.assert_allclose(got["load/entropy"], (1 + 0 + 0.5) / 3, rtol=1e-6)
-    np.testing.assert_allclose(got["load/bias_norm"], 5)
-    assert load_metrics({}, {}) == {}
+    np.testing.assert_allclose(got["load/drop_rate"], (0 + 0.25 + 0.25) / 3)
+    np.testing.assert_allclose(got["load/bias_norm"], (5 + 0 + 9) / 3)
+    np.testing.assert_allclose(got["load/by_layer/max_violation"], [0, 3, 1])
+    np.testing.assert_allclose(got["load/by_layer/entropy"], [1, 0, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(got["load/by_layer/drop_rate"], [0, 0.25, 0.25])
+    np.testing.assert_allclose(got["load/by_layer/bias_norm"], [5, 0, 9])
+    without_bias = load_metrics(loads, dropped, {})
+    assert without_bias.keys() == {name for name in got if "bias" not in name}
+    assert load_metrics({}, {}, {}) == {}
 
 
 def test_evaluation_is_the_main_loss(state, stepped):
