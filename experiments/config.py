@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from experiments.checkpoint import CheckpointConfig
 from experiments.data.pipeline import DataConfig
 from experiments.errors import UserError
@@ -9,6 +11,7 @@ from experiments.metrics import LogConfig
 from experiments.optim.adamw import AdamWConfig
 from experiments.optim.schedule import PiecewiseConfig
 from mdl.attention.dsa import DsaConfig
+from mdl.moe.dispatch import check_platform
 from mdl.sharding import MeshConfig
 from mdl.transformer import TransformerConfig
 
@@ -175,8 +178,9 @@ class ExperimentConfig:
                 "set loss.bias_update_speed=none"
             )
 
-    def check_mesh(self, num_devices: int, num_processes: int = 1) -> None:
-        """UserError where the batch or a parameter does not divide over the mesh on `num_devices` devices."""
+    def check_mesh(self, num_devices: int, num_processes: int = 1, *, platform: str | None = None) -> None:
+        """UserError where the batch or a parameter does not divide over the mesh on `num_devices` devices, or what connects them is
+        not there on `platform` (none: that of this process)."""
         try:
             data, fsdp, expert, tensor = self.mesh.shape(num_devices)
         except ValueError as error:
@@ -203,6 +207,17 @@ class ExperimentConfig:
                 f"mesh data x fsdp x expert={rows} is not divisible by the {num_processes} processes, each of which reads rows "
                 "of its own; change one of them"
             )
+        if model.moe and expert > 1:
+            router = model.moe.router
+            if router.limits_groups and router.n_group % expert and expert % router.n_group:
+                raise UserError(
+                    f"model.moe.router.n_group={router.n_group} does not fit mesh expert={expert}: a device must hold whole groups "
+                    "of experts, or a group lie on whole devices; change one of them"
+                )
+            try:
+                check_platform(model.moe.transport, platform or jax.default_backend())
+            except ValueError as error:
+                raise UserError(f"model.moe.transport: {error}") from error
 
     @property
     def eval_batch_size(self) -> int:

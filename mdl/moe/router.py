@@ -6,6 +6,7 @@ affinities without bias.
 """
 
 import dataclasses
+import warnings
 from typing import Literal, NamedTuple
 
 import jax
@@ -52,6 +53,8 @@ class Router(nnx.Module):
         if self.bias is not None:
             choice_BTE = choice_BTE + self.bias[...]
         index_BTX = top_k(self.limit_groups(choice_BTE), c.num_experts_per_tok)
+        if c.forced_balance:
+            index_BTX = in_turn(index_BTX, c)
 
         weight_BTX = jnp.take_along_axis(scores_BTE, index_BTX, axis=-1)
         if c.norm_topk_prob:
@@ -67,7 +70,7 @@ class Router(nnx.Module):
         """-inf for experts outside the best `topk_group` groups: a group is worth the sum of its two best experts (V3) or
         its best one (V2)."""
         c = self.config
-        if c.n_group == 1 or c.topk_method == "greedy":
+        if not c.limits_groups:
             return choice_BTE
         grouped_BTGE = choice_BTE.reshape(*choice_BTE.shape[:-1], c.n_group, -1)
         if c.topk_method == "noaux_tc":
@@ -96,6 +99,18 @@ def top_k(x: jax.Array, k: int) -> jax.Array:
     return jax.lax.top_k(jax.lax.stop_gradient(x), k)[1]
 
 
+def in_turn(index_BTX: jax.Array, config: "RouterConfig") -> jax.Array:
+    """Equal loads for an array like index_BTX: a token has experts that lie far apart, in no more groups than allowed."""
+    B, T, X = index_BTX.shape
+    G, K = (config.n_group, config.topk_group) if config.limits_groups else (1, 1)
+    size = config.n_routed_experts // G
+    token_BT1 = jnp.arange(B * T, dtype=index_BTX.dtype).reshape(B, T, 1)
+    choice_X = jnp.arange(X, dtype=index_BTX.dtype)
+    group_BTX = (token_BT1 + choice_X % K) % G
+    member_BTX = (token_BT1 // G + choice_X // K * (size // -(-X // K))) % size
+    return jnp.zeros_like(index_BTX) + group_BTX * size + member_BTX
+
+
 def count(index_BTX: jax.Array, valid_BT: jax.Array, num_experts: int, dtype: jnp.dtype) -> jax.Array:
     """How many valid tokens of each row chose each expert, [B, E]."""
     hits_BTXE = (index_BTX[..., None] == jnp.arange(num_experts)) & valid_BT[..., None, None]
@@ -117,6 +132,7 @@ class RouterConfig:
     topk_group: int = 1  # groups that a token may use
     norm_topk_prob: bool = True  # divide the chosen affinities by their sum
     routed_scaling_factor: float = 2.5  # multiplies the weights of the routed experts
+    forced_balance: bool = False  # for benchmarks only: experts in turn, whatever their affinities
 
     def __post_init__(self):
         E, X, G = self.n_routed_experts, self.num_experts_per_tok, self.n_group
@@ -134,6 +150,15 @@ class RouterConfig:
             raise ValueError(f"routed_scaling_factor is {self.routed_scaling_factor}; it must be positive")
         if G > 1 and self.topk_method == "noaux_tc" and E // G < 2:
             raise ValueError(f"n_group={G} leaves {E // G} expert per group; noaux_tc adds the two best of each group")
+        if self.forced_balance:
+            warnings.warn(
+                "forced_balance: tokens go to experts in turn, not to those they fit; for benchmarks only", stacklevel=3
+            )
+
+    @property
+    def limits_groups(self) -> bool:
+        """Whether a token may use experts of some groups only."""
+        return self.n_group > 1 and self.topk_method != "greedy"
 
     @property
     def has_bias(self) -> bool:

@@ -64,6 +64,11 @@ ONLY_CONFIG = {
     "half of a cluster": (["--num_processes=2"], "--coordinator_address", "all three"),
     "topk_group above n_group": (["--config.model.moe.router.topk_group=3"], "topk_group", "n_group"),
     "more chosen than there are": (["--config.model.moe.router.num_experts_per_tok=5"], "num_experts_per_tok", ""),
+    "no room for tokens": (
+        ["--config.model.moe.transport=AllToAllConfig", "--config.model.moe.transport.capacity_factor=0"],
+        "capacity_factor=0.0 must be positive",
+        "none makes room for all",
+    ),
     "lambda without MTP": (["--config.model.mtp=none"], "mtp_loss_weight", "loss.mtp_loss_weight=none"),
     "MTP without lambda": (["--config.loss.mtp_loss_weight=none"], "model.mtp", "model.mtp=none"),
     "MTP with lambda 0": (["--config.loss.mtp_loss_weight.values=0"], "mtp_loss_weight", "none switches it off"),
@@ -111,6 +116,17 @@ ON_EIGHT_DEVICES = {
     "evaluation batch": (["--config.eval.batch_size=4"], "eval.batch_size=4 is not divisible"),
     "experts": (["--config.mesh.expert=8"], "model.moe.router.n_routed_experts=4 is not divisible by mesh expert=8"),
     "heads": (["--config.mesh.tensor=4"], "model.attention heads=2 is not divisible by mesh tensor=4"),
+    "transport": (
+        ["--config.mesh.expert=2", "--config.model.moe.transport=RaggedAllToAllConfig"],
+        "RaggedAllToAllConfig does not run on cpu; RingConfig, AllToAllConfig, EmulatedRaggedConfig do",
+    ),
+    "groups": (
+        [
+            f"--config.{x}"
+            for x in ("mesh.expert=2", "model.moe.router.n_routed_experts=12", "model.moe.router.n_group=3")
+        ],
+        "model.moe.router.n_group=3 does not fit mesh expert=2",
+    ),
     "devices": (["--config.mesh.fsdp=3"], "does not fit 8 devices"),
     "schedule": (["--config.optim.schedule.warmup_steps=50"], "optim.schedule.warmup_steps=50"),
     "schedule parts": (

@@ -120,6 +120,25 @@ def test_update_of_the_bias():
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_forced_balance(name):
+    """Said aloud; equal loads over E tokens, distinct experts, no more groups than allowed; weights are still the affinities'."""
+    with pytest.warns(UserWarning, match="for benchmarks only"):
+        config = dataclasses.replace(CASES[name], forced_balance=True)
+    logits = np.random.default_rng(0).standard_normal((2, 2 * E, E)).astype(np.float32)
+    got = routing(config, logits, np.zeros(E), None)
+    X = config.num_experts_per_tok
+    np.testing.assert_array_equal(got.load_E, 4 * X)
+    chosen = np.sort(got.index_BTX, axis=-1)
+    assert np.all(np.diff(chosen, axis=-1) > 0) and chosen.min() >= 0 and chosen.max() < E
+    if config.limits_groups:
+        groups = chosen.reshape(-1, X) * config.n_group // E
+        assert max(len(set(row)) for row in groups.tolist()) <= config.topk_group
+    scores = numpy_model.affinities(logits[1, 3].astype(np.float64), config)
+    index = got.index_BTX[1, 3].tolist()
+    np.testing.assert_allclose(got.weight_BTX[1, 3], numpy_model.gates(scores, index, config), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
