@@ -27,6 +27,7 @@ from kernels_pallas.flash_attention.hopper import (
     check,
     compiler_params,
     full,
+    meet,
     multiply,
     pad,
     pad_widths,
@@ -37,6 +38,7 @@ from kernels_pallas.flash_attention.hopper import (
 from kernels_pallas.flash_attention.hopper_walk import Walk
 from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.select import Unsupported
+from kernels_pallas.vary import vary_alike
 
 LEAST = -1e30  # stands for -inf where a difference of two must be a number
 
@@ -218,8 +220,7 @@ def forward(
             o, m, l = jax.lax.fori_loop(start, end, absorb, state)
             none = l == 0
             l = jnp.where(none, 1.0, l)
-            plgpu.barrier_arrive(all_free)  # the output leaves by way of the values' place
-            plgpu.barrier_wait(all_free)
+            meet(all_free)  # the output leaves by way of the values' place
             rows, columns = pl.ds(row, ROWS), pl.ds(part * tile.part, tile.part)
             out_smem = v_smem.at[mine, part, pl.ds(0, ROWS)]
             out_smem[...] = (o * across(1 / l, o.shape)).astype(dtype)
@@ -258,4 +259,5 @@ def forward(
         thread_name="warpgroup",
         compiler_params=compiler_params(),
     )(q_BTNK, k_BSZK, v_BSZU, *walk.arrays, *sinks)
+    out_BTNU, lse_BNT, _ = vary_alike((out_BTNU, lse_BNT, q_BTNK))  # which kernels leave out of their results' types
     return out_BTNU[:, :num_queries, :, :v_width], lse_BNT.swapaxes(1, 2)[:, :num_queries]

@@ -5,14 +5,13 @@ Both compute the probabilities again, seven products in all; nothing is added at
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.flash_attention.gpu_backward_tile import BackwardTile, choose_dk_dv, choose_dq
 from kernels_pallas.flash_attention.hopper import (
     LOG2_E,
     PER_COLUMN,
@@ -20,101 +19,26 @@ from kernels_pallas.flash_attention.hopper import (
     PRODUCER_REGISTERS,
     REGISTERS,
     ROWS,
-    SHARED_MEMORY,
-    TILE,
     WARPGROUPS,
-    WIDEST_PRODUCT,
     across,
-    add_product,
+    add_products,
     check,
     compiler_params,
     down,
-    full,
-    halves,
+    meet,
     multiply,
+    no_sums,
+    not_before_the_loop,
     pad,
     pad_widths,
-    pieces,
+    put,
     smem,
     subtract_from_product,
-    swizzle_of,
     tanh,
 )
 from kernels_pallas.flash_attention.hopper_walk import Walk
 from kernels_pallas.flash_attention.mask import Mask
-from kernels_pallas.select import Unsupported
-
-Columns = tuple[slice, ...]  # of a width, in pieces that one product computes
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BackwardTile:
-    """Rows of the other side at a time, how many such steps are on their way or in use, and what the two warpgroups sum.
-
-    `sums` are the columns of dq, or of dk and of dv. Given once, each warpgroup sums them for rows of its own; given twice, for the
-    same ones: where one has no registers for all, and then both compute the probabilities.
-    """
-
-    rows: int
-    stages: int
-    sums: tuple[tuple[Columns, ...], ...]
-    in_shared_memory: bool = False  # see gpu.Tile
-
-    def __post_init__(self):
-        if self.rows not in (32, 64, 128) or self.stages < 1:
-            raise ValueError(f"{self}: rows must be 32, 64 or 128, and stages at least 1")
-
-    @property
-    def blocks(self) -> int:
-        """Of ROWS."""
-        return WARPGROUPS // len(self.sums)
-
-    @property
-    def own_rows(self) -> int:
-        """Of a block of threads."""
-        return self.blocks * ROWS
-
-    def swizzle(self, K: int, U: int) -> int:
-        return swizzle_of(self.rows, K, U)
-
-    def check(self, K: int, U: int) -> None:
-        """Unsupported if it does not fit queries and keys of width K and values of width U."""
-        scratch = self.in_shared_memory * WARPGROUPS * ROWS * self.rows
-        bytes_ = (self.own_rows + self.stages * self.rows) * (2 * (K + U) + 16) + 2 * scratch + 1024
-        if bytes_ > SHARED_MEMORY:
-            raise Unsupported(
-                f"flash_attention on gpu has no backward pass for widths {K} and {U}, whose tiles would take {bytes_} bytes of "
-                f"shared memory ({SHARED_MEMORY} are there); 'xla' takes every width"
-            )
-
-    def of_warpgroups(self, compute: Callable[..., None]) -> None:
-        """compute(its rows among the block's, those of them that it writes, *its sums) in each of them."""
-        w = jax.lax.axis_index("warpgroup")
-        if self.blocks == WARPGROUPS:
-            pl.when(w < WARPGROUPS)(lambda: compute(w, slice(0, ROWS), *self.sums[0]))
-            return
-        for i, sums in enumerate(self.sums):
-            written = slice(i * ROWS // WARPGROUPS, (i + 1) * ROWS // WARPGROUPS)
-            pl.when(w == i)(functools.partial(compute, 0, written, *sums))
-
-
-def choose_dq(K: int, U: int) -> BackwardTile:
-    if max(K, U) > WIDEST_PRODUCT:
-        return BackwardTile(rows=32, stages=1, sums=tuple((half,) for half in halves(K)))
-    return BackwardTile(rows=64, stages=2 if K + U <= 320 else 1, sums=((pieces(0, K),),))
-
-
-def choose_dk_dv(K: int, U: int, extras: bool) -> list[BackwardTile]:
-    """One for each pass over the queries. extras: a softcap or ids, which take registers too."""
-    dk, dv = pieces(0, K), pieces(0, U)
-    if max(K, U) > WIDEST_PRODUCT:
-        return [
-            BackwardTile(rows=32, stages=1, sums=tuple((half, ()) for half in halves(K))),
-            BackwardTile(rows=32, stages=1, sums=tuple(((), half) for half in halves(U))),
-        ]
-    if K + U + 64 * extras > 256:
-        return [BackwardTile(rows=64, stages=2, sums=((dk, ()), ((), dv)))]
-    return [BackwardTile(rows=64, stages=2, sums=((dk, dv),))]
+from kernels_pallas.vary import vary_alike
 
 
 def backward(
@@ -149,6 +73,7 @@ def backward(
     grads = [call.dq(choose_dq(K, U))]
     for tile in choose_dk_dv(K, U, extras):
         grads += call.dk_dv(tile)
+    *grads, _ = vary_alike((*grads, q_BTNK))  # which kernels leave out of their results' types
     dq_BTNK, dk_BSZK, dv_BSZU = (a[:, : shape[1], :, : shape[3]] for a, shape in zip(grads, shapes, strict=True))
     return dq_BTNK, dk_BSZK, dv_BSZU
 
@@ -238,7 +163,11 @@ class _Call:
                     s = multiply(q_smem.at[own], k_smem.at[slot].T)
                     # Registers are short: numbers of rows wait in their buffers.
                     p, slope = self.probabilities(s, across(plgpu.layout_cast(lse_smem[own], PER_ROW), s.shape))
-                    ids = (None, None) if q_ids_smem is None else (q_ids_smem.at[own], kv_ids_smem.at[slot])
+                    ids = (
+                        (None, None)
+                        if q_ids_smem is None or kv_ids_smem is None
+                        else (q_ids_smem.at[own], kv_ids_smem.at[slot])
+                    )
                     p = walk.hide(p, row, step, tiles, 0.0, *ids)
                     plgpu.barrier_wait(v_here.at[slot])
                     delta = across(plgpu.layout_cast(delta_smem[own], PER_ROW), p.shape)
@@ -355,7 +284,11 @@ class _Call:
                     plgpu.barrier_wait(q_here.at[slot])
                     s = multiply(k_smem.at[own], q_smem.at[slot].T)
                     p, slope = self.probabilities(s, down(plgpu.layout_cast(lse_smem[slot], PER_COLUMN), s.shape))
-                    ids = (None, None) if q_ids_smem is None else (kv_ids_smem.at[own], q_ids_smem.at[slot])
+                    ids = (
+                        (None, None)
+                        if q_ids_smem is None or kv_ids_smem is None
+                        else (kv_ids_smem.at[own], q_ids_smem.at[slot])
+                    )
                     p = walk.hide(p, key, step, tiles, 0.0, *ids)
                     plgpu.barrier_wait(dout_here.at[slot])
                     dv = add_products(dv, p.astype(dtype), dout_smem.at[slot], dv_columns, buffer)
@@ -410,28 +343,3 @@ class _Call:
             thread_name="warpgroup",
             compiler_params=compiler_params(),
         )(*self.args, *walk.arrays)
-
-
-def no_sums(columns: Columns) -> tuple[jax.Array, ...]:
-    return tuple(full((ROWS, piece.stop - piece.start), 0.0, TILE) for piece in columns)
-
-
-def add_products(sums: tuple[jax.Array, ...], a: Any, b: Any, columns: Columns, a_smem: Any | None) -> tuple[Any, ...]:
-    """sums + a b of these columns of the buffer b."""
-    return tuple(add_product(sum_, a, b.at[:, piece], a_smem) for sum_, piece in zip(sums, columns, strict=True))
-
-
-def put(place: Any, sums: tuple[jax.Array, ...], columns: Columns, factor: float) -> None:
-    """Sums of these columns into a buffer."""
-    for sum_, piece in zip(sums, columns, strict=True):
-        place[:, piece] = (sum_ * factor).astype(place.dtype)
-
-
-def meet(barrier: Any) -> None:
-    plgpu.barrier_arrive(barrier)
-    plgpu.barrier_wait(barrier)
-
-
-def not_before_the_loop(*indices: jax.Array | int) -> tuple[jax.Array, ...]:
-    """The same, but no compiler computes addresses from them before a loop and keeps these in registers, which are short."""
-    return jax.lax.optimization_barrier(tuple(map(jnp.int32, indices)))

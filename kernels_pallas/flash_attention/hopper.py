@@ -19,6 +19,7 @@ SHARED_MEMORY = 227 * 1024  # bytes that a block of threads may have
 REGISTERS, PRODUCER_REGISTERS = 240, 24
 WIDEST_PRODUCT = 256  # columns of what an instruction computes
 LOG2_E = math.log2(math.e)
+Columns = tuple[slice, ...]  # of a width, in pieces that one product computes
 TILE, PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -59,14 +60,14 @@ def smem(shape: tuple[int, ...], dtype: Any, swizzle: int) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def pieces(start: int, stop: int) -> tuple[slice, ...]:
+def pieces(start: int, stop: int) -> Columns:
     """As few columns [start, stop) as make products of nearly equal width, each at most WIDEST_PRODUCT."""
     count = -(-(stop - start) // WIDEST_PRODUCT)
     size = -(-(stop - start) // (count * 32)) * 32
     return tuple(slice(at, min(at + size, stop)) for at in range(start, stop, size))
 
 
-def halves(width: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+def halves(width: int) -> tuple[Columns, Columns]:
     """`pieces` of a width for each of two warpgroups."""
     middle = -(-width // 64) * 32
     return pieces(0, middle), pieces(middle, width)
@@ -108,11 +109,36 @@ def add_product(sums: jax.Array, a: Any, b: Any, a_smem: Any | None) -> Any:
     return sums + multiply(a_smem, b)
 
 
+def no_sums(columns: Columns) -> tuple[jax.Array, ...]:
+    return tuple(full((ROWS, piece.stop - piece.start), 0.0, TILE) for piece in columns)
+
+
+def add_products(sums: tuple[jax.Array, ...], a: Any, b: Any, columns: Columns, a_smem: Any | None) -> tuple[Any, ...]:
+    """sums + a b of these columns of the buffer b."""
+    return tuple(add_product(sum_, a, b.at[:, piece], a_smem) for sum_, piece in zip(sums, columns, strict=True))
+
+
 def subtract_from_product(a: Any, b: Any, x: jax.Array, inside: bool) -> Any:
     """a b - x of buffers `a` and `b`; `inside` the instruction, where sums then take no registers beside `x`."""
     if not inside:
         return multiply(a, b) - x
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.WGMMAAccumulatorRef.init(-x))
+
+
+def put(place: Any, sums: tuple[jax.Array, ...], columns: Columns, factor: float) -> None:
+    """Sums of these columns into a buffer."""
+    for sum_, piece in zip(sums, columns, strict=True):
+        place[:, piece] = (sum_ * factor).astype(place.dtype)
+
+
+def meet(barrier: Any) -> None:
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def not_before_the_loop(*indices: jax.Array | int) -> tuple[jax.Array, ...]:
+    """The same, but no compiler computes addresses from them before a loop and keeps these in registers, which are short."""
+    return jax.lax.optimization_barrier(tuple(map(jnp.int32, indices)))
 
 
 def compiler_params() -> plgpu.CompilerParams:

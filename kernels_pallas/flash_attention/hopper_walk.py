@@ -142,7 +142,8 @@ class Walk:
         """That a block of rows sees."""
         if not refs:
             return self.band.key_tiles(block * self.rows, self.rows, self.columns)
-        start, whole, partly, end = (refs[2][b, block, i] for i in range(4))
+        # What is loaded has a type of shard_map, with which no loop in a kernel can be traced, and arithmetic sheds it.
+        start, whole, partly, end = (refs[2][b, block, i] + 0 for i in range(4))
         return start, whole, partly, end
 
     def hide(

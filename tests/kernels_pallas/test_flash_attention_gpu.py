@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import interpreted
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from test_flash_attention import ADVERSARIAL, Case, all_pairs, check_bfloat16, computed
 
 from kernels_pallas import Mask, Unsupported, flash_attention
@@ -144,6 +146,40 @@ def test_on_a_chip(name):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+def operands(*leading: int):
+    """q, k and v of 200 queries and keys, and ids."""
+    q, k = jnp.zeros((*leading, 200, 2, 64), jnp.bfloat16), jnp.zeros((*leading, 200, 1, 64), jnp.bfloat16)
+    return q, k, k, jnp.ones((*leading, 200), jnp.int32)
+
+
+def gradients(q, k, v, ids):
+    mask = Mask(causal=True, q_segment_ids_BT=ids, kv_segment_ids_BS=ids)
+
+    def loss(q, k, v):
+        return flash_attention(q, k, v, scale=0.1, mask=mask, implementation="gpu").astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+
+def scanned(q, k, v, ids):
+    body = jax.checkpoint(lambda q, _: (gradients(q, k, v, ids)[0], None))
+    return jax.lax.scan(body, q, None, length=2)[0]
+
+
+@pytest.mark.parametrize(("fn", "leading"), [(jax.vmap(gradients), (2, 1)), (scanned, (1,))], ids=["vmap", "scan"])
+def test_lowers_inside_transforms(fn, leading):
+    assert "mosaic_gpu" in jax.jit(fn).trace(*operands(*leading)).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_lowers_inside_shard_map():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    spec = P("data")
+    with jax.set_mesh(mesh):
+        args = [jax.device_put(a, jax.NamedSharding(mesh, spec)) for a in operands(2)]
+        local = jax.shard_map(gradients, in_specs=(spec,) * 4, out_specs=(spec,) * 3)
+        assert "mosaic_gpu" in jax.jit(local).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
 # ---- which tiles
 
 
@@ -168,14 +204,17 @@ def test_tiles_that_no_query_sees_are_skipped(low, high):
             assert all(tiles[:, tile].any() for tile in walked), "a tile for nothing"
 
 
-def walks(mask: Mask, rows: int, columns: int) -> list[tuple[Walk, np.ndarray]]:
-    """Both ways over masks by ids [B, T] and [B, S], and the Tiles of each block."""
-    q_ids = mask.q_segment_ids_BT if mask.q_positions_BT is None else mask.q_positions_BT
-    kv_ids = mask.kv_segment_ids_BS if mask.kv_positions_BS is None else mask.kv_positions_BS
-    lengths = q_ids.shape[1], kv_ids.shape[1]
-    padded = tuple(-(-length // 128) * 128 for length in lengths)
-    made = [along(mask, lengths, padded, rows, columns) for along in (Walk.along_queries, Walk.along_keys)]
-    return [(walk, np.asarray(walk.arrays[2])) for walk in made]
+def walks(mask: Mask, length: int, rows: int, columns: int) -> list[np.ndarray]:
+    """Tiles of each block, of queries over keys and of keys over queries, as many of the one as of the other."""
+    lengths, padded = (length, length), (-(-length // 128) * 128,) * 2
+
+    @jax.jit
+    def tiles(mask):
+        return [
+            along(mask, lengths, padded, rows, columns).arrays[2] for along in (Walk.along_queries, Walk.along_keys)
+        ]
+
+    return list(map(np.asarray, tiles(mask)))
 
 
 def documents(*lengths: int, total: int) -> np.ndarray:
@@ -197,15 +236,15 @@ def test_what_ids_hide_is_skipped(kind, causal):
     seen = np.ones((2, 700, 700), bool)
     if causal:
         seen &= np.arange(700) <= positions[:, :, None]
-    names: dict[str, np.ndarray] = {}
+    names: dict[str, Any] = {}
     if kind != "positions":
         seen &= (ids[:, :, None] == ids[:, None]) & (ids != 0)[:, :, None]
         names |= {"q_segment_ids_BT": ids, "kv_segment_ids_BS": ids}
     if kind in ("positions", "both"):
         names |= {"q_positions_BT": positions, "kv_positions_BS": np.broadcast_to(np.arange(700), (2, 700))}
-    mask = Mask(causal=causal, window=None if causal else (None, 1000), **{k: jnp.asarray(a) for k, a in names.items()})
-    for (_, tiles), sees, fill in zip(
-        walks(mask, 128, 64), (seen, seen.swapaxes(1, 2)), (False, kind == "positions"), strict=True
+    mask = Mask(causal=causal, window=None if causal else (None, 1000), **jax.tree.map(jnp.asarray, names))
+    for tiles, sees, fill in zip(
+        walks(mask, 700, 128, 64), (seen, seen.swapaxes(1, 2)), (False, kind == "positions"), strict=True
     ):
         # Columns beyond the end: keys are hidden; what queries get does not matter.
         padded = np.pad(sees, ((0, 0), (0, 68), (0, 68)))
@@ -215,7 +254,7 @@ def test_what_ids_hide_is_skipped(kind, causal):
             first, whole, partly, end = tiles[b, i]
             assert 0 <= first <= whole <= partly <= end <= 12
             rows = blocks[b, i, : 700 - i * 128]  # padded ones see what they like
-            some, every = rows.any((0, 2)), rows.all((0, 2))
+            some, every = np.any(rows, axis=(0, 2)), np.all(rows, axis=(0, 2))
             assert set(np.flatnonzero(some)) <= set(range(first, end))
             assert every[whole:partly].all()
             if kind == "segments":
@@ -227,7 +266,7 @@ def test_documents_cost_what_they_cost_alone():
     def walked(ids):
         ids = jnp.asarray(ids)[None]
         mask = Mask(causal=True, q_segment_ids_BT=ids, kv_segment_ids_BS=ids)
-        return [int((tiles[..., 3] - tiles[..., 0]).sum()) for _, tiles in walks(mask, 128, 64)]
+        return [int((tiles[..., 3] - tiles[..., 0]).sum()) for tiles in walks(mask, ids.size, 128, 64)]
 
     alone = walked(documents(512, total=512))
     assert alone == [2 + 4 + 6 + 8] * 2
@@ -282,7 +321,7 @@ WIDTHS = [*range(64, 257, 32), 320, 384, 448, 512, 576]
 
 def test_there_is_a_tile_for_all_widths():
     for widths in itertools.product(WIDTHS, WIDTHS[:-1]):
-        K, U = (a.shape[0] for a in pad_widths(*(np.zeros(width, np.float16) for width in widths)))
+        K, U = (a.shape[0] for a in pad_widths(*(jnp.zeros(width, jnp.bfloat16) for width in widths)))
         gpu.choose(K, U)  # checks itself
         gpu_backward.choose_dq(K, U).check(K, U)
         for extras in (False, True):
