@@ -16,6 +16,8 @@ Implementation = Literal["xla", "tpu", "gpu", "reference"]
 # decline a call; the first is the default: no kernel has been timed on a device yet. JAX itself differentiates the reference.
 BACK_ENDS: dict[str, ModuleType | LazyModule] = {
     "xla": xla,
+    "tpu": LazyModule("kernels_pallas.grouped_gemm.tpu"),
+    "gpu": LazyModule("kernels_pallas.grouped_gemm.gpu"),
     "reference": reference,
 }
 

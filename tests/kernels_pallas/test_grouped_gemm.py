@@ -63,15 +63,14 @@ def products(x, w, sizes, dy, implementation):
 def check(case, way, dtype, rtol):
     x, w, sizes, dy = case.args()
     x, w, dy = (np.asarray(jnp.asarray(a, dtype)) for a in (x, w, dy))
-    wanted = expected(*(a.astype(np.float64) for a in (x, w)), sizes, dy.astype(np.float64))
-    # The sum of the terms' magnitudes: what errors of summation are relative to.
-    sizes_of = expected(*(np.abs(a.astype(np.float64)) for a in (x, w)), sizes, np.abs(dy.astype(np.float64)))
-    for name, actual, truth, size in zip(
-        ("y", "dx", "dw"), way.run(products, x, w, sizes, dy), wanted, sizes_of, strict=True
-    ):
+    x64, w64, dy64 = x.astype(np.float64), w.astype(np.float64), dy.astype(np.float64)
+    got, wanted = way.run(products, x, w, sizes, dy), expected(x64, w64, sizes, dy64)
+    # What errors of summation are relative to: the sum of the terms' magnitudes.
+    magnitudes = expected(abs(x64), abs(w64), sizes, abs(dy64))
+    for name, actual, truth, magnitude in zip(("y", "dx", "dw"), got, wanted, magnitudes, strict=True):
         assert actual.dtype == dtype and actual.shape == truth.shape, name
-        error = np.abs(np.asarray(actual, np.float64) - truth)
-        assert np.all(error <= rtol * np.abs(truth) + 2**-20 * size), (name, error.max())
+        error = abs(np.asarray(actual, np.float64) - truth)
+        assert np.all(error <= rtol * abs(truth) + 2**-20 * magnitude), (name, error.max())
 
 
 @pytest.mark.parametrize("way", ways("reference", "xla"), ids=str)
@@ -97,8 +96,9 @@ def test_bfloat16_accumulates_in_float32():
 
 def test_float64_stays_float64():
     with jax.enable_x64(True):
-        args = [jnp.asarray(a) for a in inputs(*SIZES["overflow of several blocks"])]
-        for actual, truth in zip(products(*args, "xla"), expected(*map(np.asarray, args)), strict=True):
+        x, w, sizes, dy = inputs(*SIZES["overflow of several blocks"])
+        got = products(*map(jnp.asarray, (x, w, sizes, dy)), implementation="xla")
+        for actual, truth in zip(got, expected(x, w, sizes, dy), strict=True):
             assert actual.dtype == jnp.float64
             np.testing.assert_allclose(actual, truth, rtol=1e-12, atol=1e-12)
 
@@ -125,8 +125,7 @@ def test_back_ends_have_each_product_alone():
     assert next(iter(BACK_ENDS)) == "xla", "no kernel has been timed on a device"
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_inside_shard_map(implementation):
+def check_inside_shard_map(implementation):
     """Rows and loads vary, matrices do not: their gradient is the sum over devices."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
     x, w, _, dy = (jnp.asarray(a, jnp.float32) for a in inputs(122, 8, 6, [120, 1, 1, 0]))
@@ -141,13 +140,19 @@ def test_inside_shard_map(implementation):
     with jax.set_mesh(mesh):
         y, vjp = jax.vjp(sharded, jax.device_put(x, P("data")), jax.device_put(w, P()))
         dx, dw = vjp(jax.device_put(dy, P("data")))
+    x64, w64, dy64 = (np.asarray(a, np.float64) for a in (x, w, dy))
     halves = [
-        expected(*(np.asarray(a, np.float64) for a in (x[rows], w)), sizes[loads], np.asarray(dy[rows], np.float64))
+        expected(x64[rows], w64, np.asarray(sizes[loads]), dy64[rows])
         for rows, loads in ((slice(0, 61), slice(0, 4)), (slice(61, None), slice(4, None)))
     ]
     np.testing.assert_allclose(y, np.concatenate([half[0] for half in halves]), atol=1e-5)
     np.testing.assert_allclose(dx, np.concatenate([half[1] for half in halves]), atol=1e-5)
     np.testing.assert_allclose(dw, halves[0][2] + halves[1][2], atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_inside_shard_map(implementation):
+    check_inside_shard_map(implementation)
 
 
 def test_refuses_what_does_not_fit():
