@@ -95,7 +95,7 @@ def dequantize(
             return back_end.dequantize(data[None], scale[None], x.block, jnp.dtype(dtype))[0]
         return back_end.dequantize(data, scale, x.block, jnp.dtype(dtype))
 
-    return _refuse_gradients("fp8.dequantize", run)(x.data, x.scale)
+    return refuse_gradients("fp8.dequantize", run)(x.data, x.scale)
 
 
 def check_floor(op: str, amax_floor: float) -> None:
@@ -121,7 +121,7 @@ def _quantize(
             return data[0], scale[0]
         return back_end.quantize(x, block, ue8m0, amax_floor)
 
-    data, scale = _refuse_gradients(op, run)(x)
+    data, scale = refuse_gradients(op, run)(x)
     return Fp8Array(data, scale, block)
 
 
@@ -131,7 +131,7 @@ def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
     return (*leading, -(-rows // block[0]), -(-columns // block[1]))[-len(shape) :]
 
 
-def _refuse_gradients(op: str, run: Callable) -> Callable:
+def refuse_gradients(op: str, run: Callable) -> Callable:
     """Without it, the derivative of a cast to FP8 would be a cast of the gradient: wrong, and silent."""
     guarded = jax.custom_jvp(run)
 

@@ -21,6 +21,7 @@ from kernels_pallas.flash_attention.hopper import (
     WARPGROUPS,
     compiler_params,
 )
+from kernels_pallas.vary import vary_alike
 
 BLOCKS = 132  # of threads: the multiprocessors of an H100 or H200
 TILE_ROWS = WARPGROUPS * ROWS
@@ -70,7 +71,7 @@ class Staging:
         @pl.when(jnp.logical_not(is_whole) & (end > start))
         def _():
             own = self.plain_smem.at[jax.lax.axis_index("warpgroup")]
-            own[...] = y
+            put(own, y)
             plgpu.commit_smem()
             for log in reversed(range(int(math.log2(ROWS)))):
                 size = 1 << log
@@ -82,6 +83,15 @@ class Staging:
                     plgpu.copy_smem_to_gmem(own.at[pl.ds(at, size)], target.at[pl.ds(first_row + at, size)])
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def put(ref: Any, y: jax.Array) -> None:
+    """ref[...] = y where that makes bank conflicts, which newer versions of JAX want to be told; their interpreter does not."""
+    store = getattr(plgpu, "store", None)
+    if store is None:
+        ref[...] = y
+    else:
+        store(ref, y, optimized=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +165,7 @@ def kernel(body: Callable, *, out_type: Any, operands: list[Any], copies: int, d
         body(*refs, Staging(tiled, plain), Ring(stages, here, free))
 
     run.__name__ = body.__name__
-    return plgpu.kernel(
+    call = plgpu.kernel(
         run,
         out_type=out_type,
         scratch_types=[
@@ -171,6 +181,7 @@ def kernel(body: Callable, *, out_type: Any, operands: list[Any], copies: int, d
         thread_name="warpgroup",
         compiler_params=compiler_params(),
     )
+    return lambda *args: vary_alike((call(*args), args[0]))[0]  # which kernels leave out of their result's type
 
 
 def smem(shape: tuple[int, ...], dtype: Any) -> Any:

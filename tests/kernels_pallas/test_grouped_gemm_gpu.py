@@ -1,11 +1,13 @@
 """The Hopper kernels of the grouped products on a simulated chip. That they compile is in test_aot.py."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import Way, interpreted
-from test_grouped_gemm import CASES, check, expected, inputs
+from test_grouped_gemm import CASES, check, check_inside_shard_map, expected, inputs
 
 from kernels_pallas import Unsupported, grouped_gemm
 from kernels_pallas.grouped_gemm import gpu, turns
@@ -15,6 +17,11 @@ from kernels_pallas.grouped_gemm.turns import TILE_ROWS, Visits
 
 HERE, THERE = (Way(implementation="gpu", where=where) for where in ("interpreted", "device"))
 EVERY_TIME = {"tiles: groups of nearly a tile"}
+
+
+@pytest.fixture(autouse=True)
+def interpretable(monkeypatch):
+    monkeypatch.setattr(turns, "put", lambda ref, y: operator.setitem(ref, ..., y))
 
 
 @pytest.fixture
@@ -52,6 +59,12 @@ def test_nothing_of_other_groups_is_multiplied(small_tiles):
         y, truth = (np.delete(a, np.arange(100, 110), 0) for a in (y, truth))
         np.testing.assert_allclose(y, truth, atol=0.1)
     np.testing.assert_allclose(np.delete(dw, 1, 0), np.delete(wanted[2], 1, 0), atol=0.1)
+
+
+@pytest.mark.slow
+def test_inside_shard_map():
+    with interpreted("gpu"):
+        check_inside_shard_map("gpu", jnp.bfloat16)
 
 
 def test_visits():
