@@ -82,6 +82,12 @@ def mesh_is_set() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def platform() -> str | None:
+    """What the devices of the mesh are, as `jax.default_backend()` spells it; None without a mesh, or of one without devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.platform
+
+
 def optional_sharding(partition: P) -> P | None:
     """`partition` under a mesh, None without one (a plain single-device call, in a notebook say)."""
     return partition if mesh_is_set() else None

@@ -30,6 +30,8 @@ def dispatch(
 ) -> tuple[jax.Array, Traffic]:
     """y_BTD = sum over x of weight_BTX * expert index_BTX of x_BTD, an index of E is no expert; and the traffic of all devices."""
     dtype = experts.precision.compute_dtype
+    if sharding.axis_size(AXIS) > 1 and (platform := sharding.platform()):
+        check_platform(transport, platform)
 
     def local(x_btD, index_btX, weight_btX, gate_eDf, up_eDf, down_efD):
         own = Rows(*(a.reshape(-1, a.shape[-1]) for a in (x_btD, index_btX, weight_btX)))

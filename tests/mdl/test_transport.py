@@ -303,6 +303,8 @@ def test_a_platform_without_the_collective_is_told_what_works():
         check_platform(RaggedAllToAllConfig(), platform)
     with pytest.raises(ValueError, match="does not run on cpu; RingConfig, AllToAllConfig, EmulatedRaggedConfig do"):
         check_platform(RaggedAllToAllConfig(), "cpu")
+    with pytest.raises(ValueError, match="RaggedAllToAllConfig does not run on cpu"):
+        run(RaggedAllToAllConfig(), MESHES["expert"], "ordinary", "float32")
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0])
