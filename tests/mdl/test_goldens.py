@@ -125,7 +125,7 @@ def run_layers(pure, arrays, batch):
         if isinstance(block.mlp, Mlp):
             y_BTD = block.mlp(normed_BTD)
         else:
-            y_BTD, routing = block.mlp(normed_BTD)
+            y_BTD, routing, _ = block.mlp(normed_BTD)
             found[f"router.{i}.logits"] = block.mlp.router.logits(normed_BTD)
             found[f"router.{i}.topk_index"] = routing.index_BTX
             found[f"router.{i}.topk_weight"] = routing.weight_BTX
