@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.expert_mlp import reference, xla
+from kernels_pallas.expert_mlp import chunks, reference, xla
 from kernels_pallas.select import select
 
 
@@ -55,15 +55,25 @@ def expert_mlp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _xla(expected_choices, x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD):
+    inputs = x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD
     if 0 < index_TX.size < gate_EDF.shape[0]:  # some experts stay idle, and no gradient is wanted here
-        return xla.forward_by_choice(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD)
-    return xla.forward(expected_choices, x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD)[0]
+        return xla.forward_by_choice(*inputs)
+    return _xla_fwd(expected_choices, *inputs)[0]
+
+
+def _xla_fwd(expected_choices, *arrays):
+    inputs = chunks.Inputs(*arrays)
+    if chunks.count(expected_choices, inputs) == 1:
+        return xla.forward(expected_choices, *inputs)
+    return chunks.forward(expected_choices, inputs), inputs
 
 
 def _xla_bwd(expected_choices, residuals, dy_TD):
-    del expected_choices  # the residuals are laid out by it
-    dx_TD, dweight_TX, *matrices = xla.backward(residuals, dy_TD)
-    return dx_TD, None, dweight_TX, *matrices
+    if isinstance(residuals, chunks.Inputs):
+        dx_TD, dweight_TX, *matrices = chunks.backward(expected_choices, residuals, dy_TD)
+    else:
+        dx_TD, dweight_TX, *matrices = xla.backward(residuals, dy_TD)
+    return dx_TD, None, dweight_TX, *(dw.astype(residuals.gate_EDF.dtype) for dw in matrices)
 
 
-_xla.defvjp(xla.forward, _xla_bwd)
+_xla.defvjp(_xla_fwd, _xla_bwd)

@@ -119,8 +119,8 @@ def forward_by_choice(
     return jnp.sum(y_MD.reshape(num_tokens, experts_per_token, -1), axis=1).astype(x_TD.dtype)
 
 
-def backward(residuals: Residuals, dy_TD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Gradients of x_TD, weight_TX and the three matrices."""
+def backward(residuals: Residuals, dy_TD: jax.Array) -> tuple[jax.Array, ...]:
+    """Gradients of x_TD, weight_TX and, in the dtype of accumulation, the three matrices."""
     x_TD, weight_TX, gate_EDF, up_EDF, down_EFD, routes, g_ECF, u_ECF = residuals
     experts_per_token = weight_TX.shape[1]
     weight_M = weight_TX.reshape(-1)
@@ -156,29 +156,23 @@ def backward(residuals: Residuals, dy_TD: jax.Array) -> tuple[jax.Array, jax.Arr
             ddown_EFD.at[expert].add(_product("RF,RD->FD", h_RF, dy_RD)),
         )
 
-    dx_TD, dweight_M, dgate_EDF, dup_EDF, ddown_EFD = routes.layout.over_blocks(add_block, gradients)
-    return (
-        dx_TD.astype(x_TD.dtype),
-        dweight_M.reshape(weight_TX.shape).astype(weight_TX.dtype),
-        dgate_EDF.astype(gate_EDF.dtype),
-        dup_EDF.astype(up_EDF.dtype),
-        ddown_EFD.astype(down_EFD.dtype),
-    )
+    dx_TD, dweight_M, *matrices = routes.layout.over_blocks(add_block, gradients)
+    return dx_TD.astype(x_TD.dtype), dweight_M.reshape(weight_TX.shape).astype(weight_TX.dtype), *matrices
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=_accumulation(a))
+    return jnp.einsum(equation, a, b, preferred_element_type=accumulation(a))
 
 
 def _hidden(g: jax.Array, u: jax.Array, weight: jax.Array) -> jax.Array:
-    return (jax.nn.silu(g.astype(_accumulation(g))) * u * weight[..., None]).astype(g.dtype)
+    return (jax.nn.silu(g.astype(accumulation(g))) * u * weight[..., None]).astype(g.dtype)
 
 
 def _hidden_gradients(
     g: jax.Array, u: jax.Array, weight: jax.Array, dh: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The weighted hidden layer again, the gradients of gate and up, and that of the weights."""
-    dtype, g, u, weight = g.dtype, g.astype(_accumulation(g)), u.astype(_accumulation(u)), weight[..., None]
+    dtype, g, u, weight = g.dtype, g.astype(accumulation(g)), u.astype(accumulation(u)), weight[..., None]
     sigmoid = jax.nn.sigmoid(g)
     silu = g * sigmoid
     dg = weight * dh * u * (sigmoid + silu * (1 - sigmoid))
@@ -190,7 +184,7 @@ def _hidden_gradients(
     )
 
 
-def _accumulation(a: jax.Array) -> jnp.dtype:
+def accumulation(a: jax.Array) -> jnp.dtype:
     """float32, or float64 for float64."""
     return jnp.promote_types(a.dtype, jnp.float32)
 

@@ -6,6 +6,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import Unsupported, expert_mlp
+from kernels_pallas.expert_mlp import chunks
 
 IMPLEMENTATIONS = ["reference", "xla"]
 D, F = 6, 5
@@ -95,6 +96,30 @@ def test_values_and_gradients(name, implementation):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_chunks_of_tokens_change_nothing(name, monkeypatch):
+    monkeypatch.setattr(chunks, "ROWS", 3)
+    arrays = inputs(name)
+    got = value_and_gradients("xla")(*as_float32(arrays))
+    for actual, wanted in zip(got, expected(*arrays), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_keep_nothing_but_the_inputs(monkeypatch):
+    """What the gradient of many tokens needs beside its arguments, by the compiler's count."""
+    x = jax.ShapeDtypeStruct((4096, 32), jnp.float32)
+    index, weight = jax.ShapeDtypeStruct((4096, 4), jnp.int32), jax.ShapeDtypeStruct((4096, 4), jnp.float32)
+    matrix, down = jax.ShapeDtypeStruct((4, 32, 64), jnp.float32), jax.ShapeDtypeStruct((4, 64, 32), jnp.float32)
+
+    def temporaries():
+        run = value_and_gradients("xla").lower(x, index, weight, matrix, matrix, down, x)
+        return run.compile().memory_analysis().temp_size_in_bytes
+
+    whole = temporaries()
+    monkeypatch.setattr(chunks, "ROWS", 256)
+    assert temporaries() < 0.25 * whole
+
+
 @pytest.mark.parametrize("expected_choices", [1, 12, 60, 10**6])
 def test_any_number_of_expected_choices_is_exact(expected_choices):
     arrays = inputs("experts that are not here")
@@ -114,8 +139,10 @@ def test_work_is_done_for_the_expected_choices_only():
     assert flops(50) < 0.6 * flops(None)
 
 
-def test_a_shard_of_experts_per_device_sums_to_the_whole():
+@pytest.mark.parametrize("rows", [3, 2048])
+def test_a_shard_of_experts_per_device_sums_to_the_whole(rows, monkeypatch):
     """Inside shard_map with varying loads (overflow on some devices only) and the mesh's type checks on."""
+    monkeypatch.setattr(chunks, "ROWS", rows)
     x, index, weight, gate, up, down, dy = inputs("a third to one expert, empty experts")
     mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Explicit,))
 
