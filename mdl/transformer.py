@@ -22,7 +22,8 @@ from mdl.norm import RmsNorm
 from mdl.precision import PrecisionConfig
 from mdl.rope import rotary_tables
 
-Remat = Literal["none", "dots", "attention", "full"]
+Remat = Literal["auto", "none", "dots", "attention", "full"]
+LONG = 16384  # tokens of a row; beyond, attention costs more than making all the rest again
 _KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -131,7 +132,7 @@ class Transformer(nnx.Module):
         x_BTD = self.embed(tokens_BT)
         prefix_cache: dict[str, Cache | None] = {}
         for i, layer in self.prefix.items():
-            run = _remat(lambda x_BTD, cache, layer=layer: layer(x_BTD, context, cache), self.config.remat)
+            run = self._remat(lambda x_BTD, cache, layer=layer: layer(x_BTD, context, cache), x_BTD)
             x_BTD, _, prefix_cache[i] = run(x_BTD, cache and cache["prefix"][i])
         x_BTD, stats, stack_cache = self._run_stack(x_BTD, context, cache and cache["stack"])
         if stats is not None:
@@ -149,7 +150,7 @@ class Transformer(nnx.Module):
             x_BTD, stats, layer_cache = nnx.merge(graph, layer_state)(x_BTD, context, layer_cache)
             return x_BTD, (stats, layer_cache)
 
-        layer = _remat(layer, self.config.remat, scanned=self.config.scan_layers)
+        layer = self._remat(layer, x_BTD, scanned=self.config.scan_layers)
         if self.config.scan_layers:
             x_BTD, (stats, cache) = jax.lax.scan(layer, x_BTD, (state, cache))
             return x_BTD, stats, cache
@@ -166,7 +167,7 @@ class Transformer(nnx.Module):
         stats: list[BlockStats | None] = []
         new_cache: dict[str, Cache | None] = {}
         for i, layer in layers.items():
-            run = _remat(lambda x_BTD, cache, layer=layer: layer(x_BTD, context, cache), self.config.remat)
+            run = self._remat(lambda x_BTD, cache, layer=layer: layer(x_BTD, context, cache), x_BTD)
             x_BTD, layer_stats, new_cache[i] = run(x_BTD, cache and cache[i])
             stats.append(layer_stats)
         return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats), None if cache is None else new_cache
@@ -182,8 +183,8 @@ class Transformer(nnx.Module):
         ahead = []
         for module in self.mtp.values():
             context = self.context(positions_BT, segment_ids_BT)
-            run = _remat(
-                lambda h_BTD, e_BTD, module=module, context=context: module(h_BTD, e_BTD, context), self.config.remat
+            run = self._remat(
+                lambda h_BTD, e_BTD, module=module, context=context: module(h_BTD, e_BTD, context), hidden_BTD
             )
             hidden_BTD, stats = run(hidden_BTD, self.embed(tokens_BT))
             ahead.append((hidden_BTD, stats))
@@ -191,17 +192,18 @@ class Transformer(nnx.Module):
             segment_ids_BT = jnp.where(shift_left(segment_ids_BT) == segment_ids_BT, segment_ids_BT, 0)
         return ahead
 
+    def _remat(self, fn: Callable, x_BTD: jax.Array, *, scanned: bool = False) -> Callable:
+        """fn, which x_BTD is an argument of, with as much of it recomputed in the backward pass as the config says."""
+        remat = self.config.remat_of(x_BTD.shape[1])
+        if remat == "none":
+            return fn
+        # Inside a scan nothing can merge the recomputation with the first pass, so the barriers against that are left out.
+        return jax.checkpoint(fn, policy=REMAT_POLICIES[remat], prevent_cse=not scanned)
+
 
 def shift_left(x: jax.Array) -> jax.Array:
     """x at t + 1 along the last dim; the last position gets 0."""
     return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
-
-
-def _remat(fn: Callable, remat: Remat, *, scanned: bool = False) -> Callable:
-    # Inside a scan nothing can merge the recomputation with the first pass, so the barriers against that are left out.
-    if remat == "none":
-        return fn
-    return jax.checkpoint(fn, policy=REMAT_POLICIES[remat], prevent_cse=not scanned)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,7 +224,9 @@ class TransformerConfig:
     tie_word_embeddings: bool = False  # the head is the transposed embedding
     precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)  # dtypes
     scan_layers: bool = True  # one compiled layer for the whole stack; off: unrolled, same numbers to rounding
-    remat: Remat = "none"  # recomputed: nothing | all but products and attention | all but attention | everything
+    # recomputed: nothing | all but products and attention | all but attention | everything; auto: nothing, and all but attention in
+    # rows of more than 16K tokens
+    remat: Remat = "auto"
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
@@ -240,6 +244,12 @@ class TransformerConfig:
     @property
     def num_prefix_layers(self) -> int:
         return self.first_k_dense_replace if self.moe else 0
+
+    def remat_of(self, length: int) -> Remat:
+        """What is recomputed in rows of so many tokens."""
+        if self.remat == "auto":
+            return "attention" if length > LONG else "none"
+        return self.remat
 
     def build(self, rngs: nnx.Rngs) -> Transformer:
         return Transformer(self, rngs=rngs)

@@ -16,11 +16,11 @@ from mdl.sharding import MeshConfig
 
 @pytest.mark.slow
 def test_a_step_of_32k_tokens_fits_4_gb():
-    """A row of 32K tokens, everything but attention recomputed. One head's scores alone would take 4.3 GB."""
+    """A row of 32K tokens, with a gigabyte left for Python and the compiler. One head's scores alone would take 4.3 GB."""
     config = tiny.get_config()
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, max_position_embeddings=32768, remat="attention"),
+        model=dataclasses.replace(config.model, max_position_embeddings=32768),
         train=dataclasses.replace(config.train, batch_size=1, seq_len=32768),
     )
     mesh = MeshConfig().build(jax.devices()[:1])
@@ -30,4 +30,4 @@ def test_a_step_of_32k_tokens_fits_4_gb():
         batch = place(random_rows(config), mesh, config.train.grad_accum_steps)
         step = jax.jit(make_train_step(config, model), donate_argnums=0)
         memory = step.lower(state, batch, np.float32(0)).compile().memory_analysis()
-    assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < 4e9
+    assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < 3e9

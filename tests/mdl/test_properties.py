@@ -12,6 +12,7 @@ from models import BATCH, FAST_COMPILE, V3, T, V, gradient_of, leaves, packed_ba
 
 from mdl.mtp import MtpConfig
 from mdl.sharding import MeshConfig, spec
+from mdl.transformer import LONG
 
 ONE_MODULE = dataclasses.replace(V3, mtp=MtpConfig())
 # Two float32 orders of the same sums, through a few layers: gradients relative to the largest entry of their array.
@@ -151,6 +152,19 @@ def test_remat_recomputes():
         trace = run.trace(tree["params"], tree["buffers"], BATCH, 0.5, 0.7).jaxpr
         products[remat] = str(trace).count("dot_general")
     assert products["none"] < products["dots"] < products["attention"] < products["full"]
+
+
+def test_only_long_rows_recompute_unless_told_otherwise():
+    def products(remat, length):
+        config = dataclasses.replace(ONE_MODULE, remat=remat, max_position_embeddings=length)
+        batch = {name: jax.ShapeDtypeStruct((1, 1, length + 1), np.int32) for name in BATCH}
+        tree = pure(config).abstract()
+        run = gradient_of(config)
+        return str(run.trace(tree["params"], tree["buffers"], batch, 0.5, 0.7).jaxpr).count("dot_general")
+
+    assert products("auto", 64) == products("none", 64) < products("attention", 64)
+    assert products("auto", LONG) == products("none", LONG)
+    assert products("auto", 2 * LONG) == products("attention", 2 * LONG)
 
 
 MESHES = {
