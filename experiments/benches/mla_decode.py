@@ -19,7 +19,7 @@ from experiments.errors import UserError
 from kernels_pallas import Unsupported
 from kernels_pallas.mla_decode import Fp8LatentCache, LatentCache, mla_decode
 from kernels_pallas.mla_decode.api import BACK_ENDS
-from kernels_pallas.mla_decode.shapes import LATENT, PAGE, ROPE, SHAPES, Shape
+from kernels_pallas.mla_decode.shapes import LATENT, ROPE, SHAPES, Shape, page
 
 SCALE = 192**-0.5
 
@@ -119,12 +119,12 @@ def stored(storage: str, latent: jax.Array, rope: jax.Array) -> tuple[LatentCach
     cache, width = LatentCache(latent, rope), (LATENT + ROPE) * latent.dtype.itemsize
     if storage == "contiguous":
         return cache, width
-    batch, length = latent.shape[:2]
-    if length % PAGE:
-        raise UserError(f"{length} slots are not whole pages of {PAGE}")
-    pages = batch * length // PAGE
+    (batch, length), slots_of_page = latent.shape[:2], page(jax.default_backend())
+    if length % slots_of_page:
+        raise UserError(f"{length} slots are not whole pages of {slots_of_page}")
+    pages = batch * length // slots_of_page
     shuffled = jax.random.permutation(jax.random.key(1), pages).astype(jnp.int32)
-    latent, rope = (a.reshape(pages, PAGE, -1)[jnp.argsort(shuffled)] for a in (latent, rope))
+    latent, rope = (a.reshape(pages, slots_of_page, -1)[jnp.argsort(shuffled)] for a in (latent, rope))
     return LatentCache(latent, rope, shuffled.reshape(batch, -1)), width
 
 

@@ -11,12 +11,13 @@ from kernels_pallas.mla_decode import reference, xla
 from kernels_pallas.mla_decode.cache import AnyCache, capacity
 from kernels_pallas.select import LazyModule, select
 
-Implementation = Literal["xla", "reference", "gpu"]
+Implementation = Literal["xla", "reference", "tpu", "gpu"]
 # A back end is a module with `decode(q_latent_BTNC, q_rope_BTNR, cache, lengths_B, scale, splits) -> (out_BTNC, lse_BTN)`, which
 # raises Unsupported to decline a call; the first is the default.
 BACK_ENDS: dict[str, ModuleType | LazyModule] = {
     "xla": xla,
     "reference": reference,
+    "tpu": LazyModule("kernels_pallas.mla_decode.tpu"),
     "gpu": LazyModule("kernels_pallas.mla_decode.gpu"),
 }
 

@@ -3,7 +3,11 @@
 import dataclasses
 
 LATENT, ROPE = 512, 64  # C and R of every DeepSeek model with MLA
-PAGE = 64  # rows Y of a page
+
+
+def page(platform: str) -> int:
+    """Rows Y of a page: on TPU what fills the lanes of a register, elsewhere FlashMLA's."""
+    return 128 if platform == "tpu" else 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
