@@ -14,15 +14,9 @@ from kernels_pallas.flash_attention.shapes import SHAPES, Shape
 
 EVERY_TIME: dict[api.Implementation, set[str]] = {  # of the kernels; the rest takes minutes
     "tpu": {"mla train 4K"},
-    "gpu": {
-        "mla train 4K",
-        "gqa train 128K",
-        "mla prefill 4K of 32K",
-        "absorbed mla prefill 4K",
-        "mla train 32K, packed",
-    },
+    "gpu": {"mla train 32K, packed", "gqa train 128K", "absorbed mla prefill 4K"},
 }
-PACKED = {"mla train 32K", "gqa train 8K", "wide train 4K"}  # also as rows of documents
+PACKED = {"mla train 32K"}  # also as rows of documents
 SCALE = 0.1
 
 

@@ -1,6 +1,7 @@
 """Gradients of attention as two Mosaic GPU kernels (Hopper), one walking over keys for dq, one over queries for dk and dv.
 
-Both compute the probabilities again, seven products in all; nothing is added atomically, so the same bits come out every time.
+Both compute the probabilities again, seven products in all, and more where two warpgroups share the sums of wide heads; nothing is
+added atomically, so the same bits come out every time.
 """
 
 import dataclasses
@@ -169,10 +170,10 @@ class _Call:
                         else (q_ids_smem.at[own], kv_ids_smem.at[slot])
                     )
                     p = walk.hide(p, row, step, tiles, 0.0, *ids)
+                    p = p if slope is None else p * slope
                     plgpu.barrier_wait(v_here.at[slot])
                     delta = across(plgpu.layout_cast(delta_smem[own], PER_ROW), p.shape)
                     ds = p * subtract_from_product(dout_smem.at[own], v_smem.at[slot].T, delta, buffer is None)
-                    ds = ds if slope is None else ds * slope
                     sums = add_products(sums, ds.astype(dtype), k_smem.at[slot], columns, buffer)
                     if walk.kinds:
                         plgpu.commit_smem()  # what TMA overwrites has been read
@@ -293,9 +294,9 @@ class _Call:
                     plgpu.barrier_wait(dout_here.at[slot])
                     dv = add_products(dv, p.astype(dtype), dout_smem.at[slot], dv_columns, buffer)
                     if dk_columns:
+                        p = p if slope is None else p * slope
                         delta = down(plgpu.layout_cast(delta_smem[slot], PER_COLUMN), p.shape)
                         ds = p * subtract_from_product(v_smem.at[own], dout_smem.at[slot].T, delta, buffer is None)
-                        ds = ds if slope is None else ds * slope
                         dk = add_products(dk, ds.astype(dtype), q_smem.at[slot], dk_columns, buffer)
                     plgpu.commit_smem()  # what TMA overwrites has been read
                     plgpu.barrier_arrive(free.at[slot])
