@@ -19,6 +19,7 @@ from kernels_pallas.flash_attention.hopper import (
     PRODUCER_REGISTERS,
     REGISTERS,
     ROWS,
+    SHARED_MEMORY,
     TILE,
     WARPGROUPS,
     across,
@@ -26,12 +27,15 @@ from kernels_pallas.flash_attention.hopper import (
     compiler_params,
     down,
     full,
+    meet,
     pad,
+    smem,
 )
 from kernels_pallas.mla_decode.cache import AnyCache, Fp8LatentCache, LatentCache, capacity
 from kernels_pallas.mla_decode.combine import combine
-from kernels_pallas.mla_decode.gpu_cache import SLOTS, WIDTH, Fp8Blocks, blocks_of, smem
+from kernels_pallas.mla_decode.gpu_cache import SLOTS, WIDTH, Fp8Blocks, blocks_of
 from kernels_pallas.select import Unsupported
+from kernels_pallas.vary import vary_alike
 
 NUM_SMS = 132  # of an H200
 WIDEST = 512  # halves of the output in registers
@@ -41,14 +45,34 @@ LEAST = -1e30  # stands for -inf where a difference of two must be a number
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """How blocks are walked over."""
+    """How blocks of bfloat16 latents are walked over; FP8 ones are turned into bfloat16 one at a time."""
 
-    stages: int = 2  # blocks of bfloat16 on their way or in use
+    latent: int
+    rope: int
+    stages: int  # blocks on their way or in use
     in_shared_memory: bool = False  # probabilities on their way, sums apart: slower, but JAX can interpret it
 
     def __post_init__(self):
         if self.stages < 1:
             raise ValueError(f"{self}: stages must be at least 1")
+        if self.shared_memory > SHARED_MEMORY:
+            raise ValueError(f"{self} needs {self.shared_memory} bytes of shared memory; a block has {SHARED_MEMORY}")
+
+    @property
+    def shared_memory(self) -> int:
+        rows = ROWS + self.stages * SLOTS
+        probabilities = self.in_shared_memory * WARPGROUPS * ROWS * SLOTS
+        return 2 * (rows * (self.latent + self.rope) + probabilities) + 2048  # barriers, and what is aligned
+
+
+def choose(latent: int, rope: int) -> Tile:
+    """As many stages as fit, up to four."""
+    for stages in (4, 3):
+        try:
+            return Tile(latent=latent, rope=rope, stages=stages)
+        except ValueError:
+            continue
+    return Tile(latent=latent, rope=rope, stages=2)
 
 
 def decode(
@@ -65,7 +89,7 @@ def decode(
     B, T, N, C = q_latent_BTNC.shape
     R = q_rope_BTNR.shape[3]
     check(q_latent_BTNC, q_rope_BTNR, cache, scale)
-    tile = choose()
+    tile = choose(C, R)
     dtype, half = q_latent_BTNC.dtype, C // WARPGROUPS
     q_latent_BMC = pad(q_latent_BTNC.reshape(B, T * N, C), 1, ROWS)
     q_rope_BMR = pad(q_rope_BTNR.reshape(B, T * N, R), 1, ROWS)
@@ -116,6 +140,7 @@ def decode(
         @pl.when(w < WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(REGISTERS, action="increase")
+            blocks.open()
             plgpu.copy_gmem_to_smem(q_latent_gmem.at[b, rows, columns], q_latent_smem.at[w], q_here)
             pl.when(w == 0)(lambda: plgpu.copy_gmem_to_smem(q_rope_gmem.at[b, rows], q_rope_smem, q_here))
             plgpu.barrier_wait(q_here)
@@ -158,8 +183,7 @@ def decode(
             if out_dtype == jnp.float32:
                 out_gmem[part, b, rows, columns] = o
             else:  # from registers, numbers of 16 bits would leave in halves of sectors; so by way of the queries' place
-                plgpu.barrier_arrive(q_read)
-                plgpu.barrier_wait(q_read)
+                meet(q_read)
                 q_latent_smem[w] = o.astype(out_dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_latent_smem.at[w], out_gmem.at[part, b, rows, columns])
@@ -180,10 +204,10 @@ def decode(
         scratch_types=[
             plgpu.Barrier(num_arrivals=WARPGROUPS + 1),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
-            smem((WARPGROUPS, ROWS, half), dtype),
-            smem((ROWS, R), dtype),
+            smem((WARPGROUPS, ROWS, half), dtype, WIDTH),
+            smem((ROWS, R), dtype, WIDTH),
             *scratch,
-            *([smem((WARPGROUPS, ROWS, SLOTS), dtype)] if tile.in_shared_memory else []),
+            *([smem((WARPGROUPS, ROWS, SLOTS), dtype, WIDTH)] if tile.in_shared_memory else []),
         ],
         grid=(B, splits, M // ROWS),
         grid_names=("batch", "split", "rows"),
@@ -191,15 +215,14 @@ def decode(
         thread_name="warpgroup",
         compiler_params=compiler_params(),
     )(lengths_B.astype(jnp.int32), q_latent_BMC, q_rope_BMR, *arrays, *table)
+    out_PBMC, lse_PBM, _ = vary_alike(
+        (out_PBMC, lse_PBM, q_latent_BMC)
+    )  # which kernels leave out of their results' types
     out_PBTNC = out_PBMC[:, :, : T * N].reshape(splits, B, T, N, C)
     lse_PBTN = lse_PBM[:, :, : T * N].reshape(splits, B, T, N)
     if splits == 1:
         return out_PBTNC[0], lse_PBTN[0]
     return combine(list(zip(out_PBTNC, lse_PBTN, strict=True)))
-
-
-def choose() -> Tile:
-    return Tile()
 
 
 def choose_splits(row_blocks: int, blocks: int, num_sms: int) -> int:

@@ -1,8 +1,8 @@
 """How blocks of 64 slots come from the caches into shared memory, where two warpgroups multiply with them (Hopper).
 
-Both kinds have the same methods. `bring` is for the warpgroup that brings. The others call, for the n-th block, `keys`, which
-waits, then `values`, when they are done with the keys, and `leave`. `held` is how many slots from the first on hold something:
-what lies behind may be NaN, and becomes zero before it is a value.
+Both kinds have the same methods. `bring` is for the warpgroup that brings. The others begin with `open`, and call for the n-th
+block `keys`, which waits, then `values`, when they are done with the keys, and `leave`. `held` is how many slots from the first
+on hold something: what lies behind may be NaN, and becomes zero before it is a value.
 """
 
 import dataclasses
@@ -13,17 +13,12 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.flash_attention.hopper import PER_ROW, TILE, WARPGROUPS, across
+from kernels_pallas.flash_attention.hopper import PER_ROW, TILE, WARPGROUPS, across, meet, smem
 from kernels_pallas.fp8 import BLOCK
 from kernels_pallas.mla_decode.cache import Fp8LatentCache, LatentCache
 
 SLOTS = 64
 WIDTH = 64  # widths are multiples of it: 16-bit numbers in 128 bytes, the swizzle
-
-
-def smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """As TMA writes and wgmma reads it."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(2 * WIDTH)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +40,15 @@ class Bf16Blocks:
     @staticmethod
     def scratch_types(C: int, R: int, stages: int) -> list[Any]:
         return [
-            smem((stages, WARPGROUPS, SLOTS, C // WARPGROUPS), jnp.bfloat16),
-            smem((stages, SLOTS, R), jnp.bfloat16),
+            smem((stages, WARPGROUPS, SLOTS, C // WARPGROUPS), jnp.bfloat16, WIDTH),
+            smem((stages, SLOTS, R), jnp.bfloat16, WIDTH),
             plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS + 1),
             plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ]
+
+    def open(self) -> None:
+        """The first blocks wait for nobody, as `bring` knows: arriving for them here, as FP8 blocks do, would spill."""
 
     def bring(self, n: jax.Array, row: jax.Array, slots: Any) -> None:
         stages, half = self.latent_smem.shape[0], self.latent_smem.shape[3]
@@ -74,8 +72,7 @@ class Bf16Blocks:
 
         @pl.when(held < SLOTS)
         def _forget():
-            plgpu.barrier_arrive(self.keys_read)  # the other warpgroup may still multiply with this half
-            plgpu.barrier_wait(self.keys_read)
+            meet(self.keys_read)  # the other warpgroup may still multiply with this half
             _zero_behind(mine, held)
             plgpu.commit_smem()
 
@@ -108,8 +105,7 @@ class Fp8Blocks:
     rope_key_smem: Any
     here: Any
     free: Any
-    made: Any
-    keys_read: Any
+    both: Any  # warpgroups have made their half, or have read the other
 
     @staticmethod
     def arrays(cache: Fp8LatentCache) -> tuple[jax.Array, ...]:
@@ -128,18 +124,23 @@ class Fp8Blocks:
             plgpu.SMEM((C // BLOCK, SLOTS, PADDED), jnp.float8_e4m3fn),
             plgpu.SMEM((SLOTS, NUM_SCALES), jnp.float32),
             plgpu.SMEM((SLOTS, ROPE_BEFORE + R), jnp.bfloat16),
-            smem((WARPGROUPS, SLOTS, C // WARPGROUPS), jnp.bfloat16),
-            smem((SLOTS, R), jnp.bfloat16),
+            smem((WARPGROUPS, SLOTS, C // WARPGROUPS), jnp.bfloat16, WIDTH),
+            smem((SLOTS, R), jnp.bfloat16, WIDTH),
             plgpu.Barrier(num_arrivals=C // BLOCK + 2),
-            plgpu.Barrier(num_arrivals=WARPGROUPS),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ]
 
+    def open(self) -> None:
+        """As if a block before the first had been read."""
+        plgpu.barrier_arrive(self.free)
+        plgpu.barrier_arrive(self.both)
+
     def bring(self, n: jax.Array, row: jax.Array, slots: Any) -> None:
+        del n
         blocks = self.data_smem.shape[0]
         C = blocks * BLOCK
-        pl.when(n > 0)(lambda: plgpu.barrier_wait(self.free))
+        plgpu.barrier_wait(self.free)
         for i in range(blocks):
             columns = pl.ds(i * BLOCK, PADDED)
             plgpu.copy_gmem_to_smem(self.data_gmem.at[row, slots, columns], self.data_smem.at[i], self.here)
@@ -149,7 +150,8 @@ class Fp8Blocks:
 
     def keys(self, n: jax.Array, w: jax.Array, held: jax.Array) -> tuple[list[Any], Any]:
         """Both halves of the latents, and the rotary keys."""
-        pl.when(n > 0)(lambda: plgpu.barrier_wait(self.keys_read))
+        del n
+        plgpu.barrier_wait(self.both)
         plgpu.barrier_wait(self.here)
 
         @pl.when(w == 0)
@@ -167,14 +169,13 @@ class Fp8Blocks:
         pl.when(held < SLOTS)(lambda: _zero_behind(self.latent_smem.at[w], held))
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.free)
-        plgpu.barrier_arrive(self.made)
-        plgpu.barrier_wait(self.made)
+        meet(self.both)
         return [self.latent_smem.at[i] for i in range(WARPGROUPS)], self.rope_key_smem
 
     def values(self, n: jax.Array, w: jax.Array, held: jax.Array) -> Any:
         """The half that is this warpgroup's."""
         del n, held
-        plgpu.barrier_arrive(self.keys_read)
+        plgpu.barrier_arrive(self.both)
         return self.latent_smem.at[w]
 
     def leave(self, n: jax.Array) -> None:

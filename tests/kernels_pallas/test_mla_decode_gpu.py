@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import pytest
 from harness import interpreted
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from mla_decode_cases import SCALE, Case, check_bfloat16
 
 from kernels_pallas import Unsupported, aot
@@ -30,7 +32,10 @@ EVERY_TIME = {"drafted tokens, pages, an empty row", "fp8"}
 
 @pytest.fixture
 def interpretable(monkeypatch):
-    monkeypatch.setattr(gpu, "choose", lambda: gpu.Tile(in_shared_memory=True))
+    def choose(latent, rope):
+        return gpu.Tile(latent=latent, rope=rope, stages=1 if latent == 512 else 2, in_shared_memory=True)
+
+    monkeypatch.setattr(gpu, "choose", choose)
     with interpreted("gpu"):
         yield
 
@@ -66,7 +71,8 @@ def shapes(kind: str, in_pages: bool):
     shape = jax.ShapeDtypeStruct
     table: Any = shape((4, 8), jnp.int32) if in_pages else None
     rows = (32, SLOTS) if in_pages else (4, 8 * SLOTS)
-    latent, rope, packed = (shape((*rows, width), dtype) for width, dtype in WIDTHS)
+    arrays: list[Any] = [shape((*rows, width), dtype) for width, dtype in WIDTHS]
+    latent, rope, packed = arrays
     cache = LatentCache(latent, rope, table) if kind == "bfloat16" else Fp8LatentCache(packed, 512, table)
     return *(shape((4, 2, 16, width), jnp.bfloat16) for width in (512, 64)), cache, shape((4,), jnp.int32)
 
@@ -83,12 +89,22 @@ def test_it_lowers_without_a_gpu(splits, in_pages, kind):
     assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
 
 
+def test_it_lowers_inside_shard_map():
+    mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    heads, rows = P("rows", None, "heads"), P("rows")
+    call = functools.partial(mla_decode, scale=SCALE, implementation="gpu")
+    with jax.set_mesh(mesh):
+        local = jax.shard_map(call, in_specs=(heads, heads, rows, rows), out_specs=(heads, heads))
+        lowered = jax.jit(local).trace(*shapes("bfloat16", in_pages=False)).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
+
+
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
 def test_an_fp8_cache_is_not_copied():
     """Its bytes reach the kernel under three types."""
     call = functools.partial(mla_decode, scale=SCALE, splits=1, implementation="gpu")
     report = aot.chip("h200").compile(call, *shapes("fp8", in_pages=True))
-    assert report.compiled and report.temp_bytes < 4 * 512 * 656
+    assert report.compiled and report.temp_bytes is not None and report.temp_bytes < 4 * 512 * 656
 
 
 def test_splits_fill_the_chip_in_whole_waves():
@@ -106,30 +122,38 @@ def test_splits_fill_the_chip_in_whole_waves():
 
 
 def test_what_it_lacks_is_said():
-    def call(C: Any = 512, R: Any = 64, dtype=jnp.bfloat16, cache_dtype=jnp.bfloat16, slots: Any = 64, **other: Any):
-        q = jnp.zeros((1, 1, 2, C), dtype), jnp.zeros((1, 1, 2, R), dtype)
-        plain = LatentCache(
-            jnp.zeros((1, slots, C), cache_dtype), jnp.zeros((1, slots, R), cache_dtype), other.get("table")
-        )
-        cache, scale = other.get("cache", plain), other.get("scale", SCALE)
-        mla_decode(*q, cache, jnp.ones(1, jnp.int32), scale=scale, implementation="gpu")
+    def call(C=512, R=64, dtype=jnp.bfloat16, cache_dtype=jnp.bfloat16, slots=64, scale: float = SCALE, **kind: bool):
+        array = jax.ShapeDtypeStruct
+        q = array((1, 1, 2, C), dtype), array((1, 1, 2, R), dtype)
+        latent: Any = array((1, slots, C), cache_dtype)
+        rope: Any = array((1, slots, R), cache_dtype)
+        rows: Any = array((1, slots, C + 4 * (C // 128) + 2 * R), jnp.uint8)
+        table: Any = array((1, 4), jnp.int32) if "paged" in kind else None
+        cache = Fp8LatentCache(rows, C, table) if "fp8" in kind else LatentCache(latent, rope, table)
+        run = functools.partial(mla_decode, scale=scale, implementation="gpu")
+        jax.eval_shape(run, *q, cache, array((1,), jnp.int32))
 
-    rows = Fp8LatentCache.pack(jnp.zeros((1, 64, 256)), jnp.zeros((1, 64, 64)))
-    for options, said in (
+    call()
+    call(fp8=True, paged=True)
+    cases: list[tuple[Any, str]] = [
         ({"dtype": jnp.float32}, "bfloat16 alone, not bfloat16, float32"),
         ({"cache_dtype": jnp.float32}, "bfloat16 alone, not bfloat16, float32"),
         ({"C": 576}, "latents of 128, 256, 384 or 512 .* have 576 and 64"),
         ({"C": 192}, "have 192 and 64"),
         ({"R": 32}, "have 512 and 32"),
         ({"slots": 100}, "a capacity of a multiple of 64 slots, not 100"),
-        ({"slots": 16, "table": jnp.zeros((1, 4), jnp.int32)}, "pages of a multiple of 64 slots, not 16"),
+        ({"slots": 16, "paged": True}, "pages of a multiple of 64 slots, not 16"),
         ({"scale": 0.0}, "positive scale"),
-        ({"C": 256, "cache": rows}, "FP8 latents of 512 alone"),
-    ):
+        ({"C": 256, "fp8": True}, "FP8 latents of 512 alone"),
+    ]
+    for options, said in cases:
         with pytest.raises(Unsupported, match=said):
             call(**options)
 
 
-def test_stages_are_checked():
+def test_what_the_chip_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="stages must be at least 1"):
-        gpu.Tile(stages=0)
+        gpu.Tile(latent=512, rope=64, stages=0)
+    with pytest.raises(ValueError, match="shared memory"):
+        gpu.Tile(latent=512, rope=64, stages=3)
+    assert [gpu.choose(latent, 64).stages for latent in (128, 256, 384, 512)] == [4, 4, 3, 2]
