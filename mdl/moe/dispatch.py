@@ -26,27 +26,31 @@ def check_platform(transport: TransportConfig, platform: str) -> None:
 
 
 def dispatch(
-    x_BTD: jax.Array, index_BTX: jax.Array, weight_BTX: jax.Array, experts: Experts, transport: TransportConfig
+    x_BTD: jax.Array,
+    index_BTX: jax.Array,
+    weight_BTX: jax.Array,
+    experts: Experts,
+    transport: TransportConfig,
 ) -> tuple[jax.Array, Traffic]:
     """y_BTD = sum over x of weight_BTX * expert index_BTX of x_BTD, an index of E is no expert; and the traffic of all devices."""
     dtype = experts.precision.compute_dtype
-    if sharding.axis_size(AXIS) > 1 and (platform := sharding.platform()):
+    is_split = sharding.axis_size(AXIS) > 1
+    if is_split and (platform := sharding.platform()):
         check_platform(transport, platform)
 
     def local(x_btD, index_btX, weight_btX, gate_eDf, up_eDf, down_efD):
         own = Rows(*(a.reshape(-1, a.shape[-1]) for a in (x_btD, index_btX, weight_btX)))
+        expected = own.index_MX.size // (transport.num_parts if is_split else 1)  # as many choices come as leave
 
         def compute(rows: Rows) -> jax.Array:
             first = jax.lax.axis_index(AXIS) * gate_eDf.shape[0] if sharding.mesh_is_set() else 0
-            index_MX, expected = rows.index_MX - first, own.index_MX.size  # equal loads: as many come as leave
-            return expert_mlp(
-                rows.x_MD, index_MX, rows.weight_MX, gate_eDf, up_eDf, down_efD, expected_choices=expected
-            )
+            arrays = rows.x_MD, rows.index_MX - first, rows.weight_MX, gate_eDf, up_eDf, down_efD
+            return expert_mlp(*arrays, expected_choices=expected)
 
-        if sharding.axis_size(AXIS) == 1:
-            y_MD, traffic = compute(own), Traffic(jnp.int32(0), jnp.int32(0))
+        if is_split:
+            y_MD, traffic = transport.carry_in_parts(own, compute, gate_eDf.shape[0])
         else:
-            y_MD, traffic = transport.carry(own, compute, gate_eDf.shape[0])
+            y_MD, traffic = compute(own), Traffic(jnp.int32(0), jnp.int32(0))
         if sharding.mesh_is_set():
             y_MD = jax.lax.psum(y_MD, "tensor")
             traffic = jax.tree.map(

@@ -1,14 +1,15 @@
 """What every transport of tokens to experts shares.
 
-Inside `shard_map`, `transport.carry(rows, compute, experts_per_device)` takes this device's tokens and returns their outputs;
-`compute` runs this device's experts on whatever rows have come. A token travels at most once to each device, however many of its
-experts are there, and what comes back is already summed over them.
+A token travels at most once to each device, however many of its experts are there, and what comes back is already summed over them.
 """
 
+import abc
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 AXIS = "expert"  # mesh axis over which experts are split
 
@@ -29,3 +30,26 @@ class Traffic(NamedTuple):
 
 
 Compute = Callable[[Rows], jax.Array]  # rows -> y_MD, zero for choices of other devices' experts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transport(abc.ABC):
+    num_parts: int = (
+        1  # parts of a device's tokens that do not wait for each other: one travels while another is computed
+    )
+
+    platforms: ClassVar[tuple[str, ...]] = ("cpu", "gpu", "tpu")  # as `jax.default_backend()` spells them
+
+    def __post_init__(self):
+        if self.num_parts < 1:
+            raise ValueError(f"num_parts={self.num_parts} must be at least 1")
+
+    @abc.abstractmethod
+    def carry(self, rows: Rows, compute: Compute, experts_per_device: int) -> tuple[jax.Array, Traffic]:
+        """Inside `shard_map`: the outputs of this device's tokens; `compute` runs its experts on whatever rows have come."""
+
+    def carry_in_parts(self, rows: Rows, compute: Compute, experts_per_device: int) -> tuple[jax.Array, Traffic]:
+        num_parts = min(self.num_parts, rows.x_MD.shape[0])
+        parts = map(Rows, *(jnp.array_split(a, num_parts) for a in rows))
+        y_parts, traffics = zip(*(self.carry(part, compute, experts_per_device) for part in parts), strict=True)
+        return jnp.concatenate(y_parts), Traffic(*map(sum, zip(*traffics, strict=True)))

@@ -1,7 +1,6 @@
 """Every device has a fixed number of slots for tokens of every other."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,7 @@ from mdl.moe.transport_order import Choices, Order
 class AllToAllConfig(ExchangeConfig):
     """`jax.lax.all_to_all` of slots, of which the loads leave some empty."""
 
-    capacity_factor: float | None = (
-        1.5  # slots for tokens of each device, as a multiple of the mean; none: for all tokens
-    )
-
-    platforms: ClassVar[tuple[str, ...]] = ("cpu", "gpu", "tpu")
+    capacity_factor: float | None = 1.5  # slots for tokens of each device, as a multiple of the mean; none: for all
 
     def plan(self, choices: Choices, room: int) -> Plan:
         num_devices = sharding.axis_size(AXIS)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from mdl import sharding
-from mdl.moe.transport import AXIS, Compute, Rows, Traffic
+from mdl.moe.transport import AXIS, Compute, Rows, Traffic, Transport
 from mdl.moe.transport_order import Choices, Order
 
 
@@ -22,7 +22,7 @@ class Plan(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExchangeConfig(abc.ABC):
+class ExchangeConfig(Transport):
     """Static shapes need an upper bound of what a device receives: `capacity_factor` times the mean of equal loads."""
 
     capacity_factor: float | None = (
@@ -33,6 +33,7 @@ class ExchangeConfig(abc.ABC):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.capacity_factor is not None and not self.capacity_factor > 0:
             raise ValueError(f"capacity_factor={self.capacity_factor} must be positive; none makes room for all tokens")
 

@@ -1,23 +1,20 @@
 """Every device sees every token of the `expert` axis."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from mdl import sharding
-from mdl.moe.transport import AXIS, Compute, Rows, Traffic
+from mdl.moe.transport import AXIS, Compute, Rows, Traffic, Transport
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RingConfig:
+class RingConfig(Transport):
     """All-gather and reduce-scatter: simple, no drops, traffic independent of the routing.
 
     Moves every token to every device: little more than needed while tokens choose about as many experts as there are devices.
     """
-
-    platforms: ClassVar[tuple[str, ...]] = ("cpu", "gpu", "tpu")
 
     def carry(self, rows: Rows, compute: Compute, experts_per_device: int) -> tuple[jax.Array, Traffic]:
         del experts_per_device

@@ -27,6 +27,7 @@ B, T, D, F, E, X = 8, 6, 4, 6, 16, 3
 
 TRANSPORTS = {
     "ring": RingConfig(),
+    "ring, in parts": RingConfig(num_parts=4),
     "all_to_all": AllToAllConfig(capacity_factor=None),
     "ragged": EmulatedRaggedConfig(),
 }
@@ -174,7 +175,7 @@ def test_values_gradients_and_rows_moved(name, mesh, all_loads):
             )
         owners = MESHES[mesh]["expert"]
         assert traffic.dropped == 0
-        assert traffic.moved == (B * T * owners if name == "ring" else rows_needed(loads, owners))
+        assert traffic.moved == (B * T * owners if "ring" in name else rows_needed(loads, owners))
 
 
 @pytest.mark.parametrize("name", ["ring", "all_to_all", "ragged"])
@@ -312,3 +313,8 @@ def test_no_room_at_all_is_refused(factor):
     for config in (AllToAllConfig, EmulatedRaggedConfig):
         with pytest.raises(ValueError, match=f"capacity_factor={factor} must be positive; none"):
             config(capacity_factor=factor)
+
+
+def test_no_part_at_all_is_refused():
+    with pytest.raises(ValueError, match="num_parts=0 must be at least 1"):
+        RingConfig(num_parts=0)
