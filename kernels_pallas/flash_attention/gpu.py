@@ -51,9 +51,8 @@ class Tile:
     stages: int
     qk_width: int
     v_width: int
-    split: bool = (
-        False  # both warpgroups take the same queries, and each half of the values' width: where one cannot sum all
-    )
+    # Both warpgroups take the same queries, and each half of the values' width: where one has no registers for all.
+    split: bool = False
     in_shared_memory: bool = False  # probabilities on their way, sums apart: slower, but JAX can interpret it
 
     def __post_init__(self):
@@ -133,9 +132,8 @@ def forward(
     walk = Walk.along_queries(mask, (num_queries, num_keys), padded, rows=own_rows, columns=tile.keys)
     blocks = padded[0] // own_rows
     sinks = () if sinks_N is None else (sinks_N.astype(jnp.float32),)
-    to_log2 = (
-        scale if softcap is None else softcap
-    ) * LOG2_E  # exp(x) is exp2(x log2(e)), and the factor joins another
+    # exp(x) is exp2(x log2(e)), and the factor joins another.
+    to_log2 = (scale if softcap is None else softcap) * LOG2_E
 
     def flash_attention_forward(*refs):
         refs = list(refs)
