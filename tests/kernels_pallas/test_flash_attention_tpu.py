@@ -158,6 +158,14 @@ def test_segments_decide_what_is_passed_over():
     assert second == [(0, 0, PARTLY), (1, 0, WHOLLY), (1, 1, PARTLY), (2, 1, PASS), (2, 1, PASS), (2, 1, PASS)]
 
 
+def test_padding_does_not_join_segments():
+    ids = jnp.repeat(jnp.array([[1, 1, 2, 2, 2, 0]], jnp.int32), 64, axis=1)
+    mask = Mask(causal=True, q_segment_ids_BT=ids, kv_segment_ids_BS=ids)
+    assert kinds(mask, 384, 384) == [
+        [(0, 0, PARTLY), (1, 0, PASS), (1, 1, PARTLY), (2, 1, PASS), (2, 1, PARTLY), (2, 2, PARTLY)]
+    ]
+
+
 def test_positions_decide_what_is_passed_over():
     at = jnp.arange(256, dtype=jnp.int32)[None]
     mask = Mask(causal=True, q_positions_BT=at[:, 128:], kv_positions_BS=at)
