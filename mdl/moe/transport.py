@@ -52,4 +52,4 @@ class Transport(abc.ABC):
         num_parts = min(self.num_parts, rows.x_MD.shape[0])
         parts = map(Rows, *(jnp.array_split(a, num_parts) for a in rows))
         y_parts, traffics = zip(*(self.carry(part, compute, experts_per_device) for part in parts), strict=True)
-        return jnp.concatenate(y_parts), Traffic(*map(sum, zip(*traffics, strict=True)))
+        return jnp.concatenate(y_parts), jax.tree.map(lambda *counts: sum(counts), *traffics)

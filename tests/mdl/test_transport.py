@@ -16,6 +16,8 @@ from mdl import sharding
 from mdl.linear import Init
 from mdl.moe.dispatch import check_platform, dispatch
 from mdl.moe.experts import Experts
+from mdl.moe.moe import MoeConfig
+from mdl.moe.router import RouterConfig
 from mdl.moe.transport import Rows
 from mdl.moe.transport_all_to_all import AllToAllConfig
 from mdl.moe.transport_ragged import EmulatedRaggedConfig, RaggedAllToAllConfig, ragged_by_all_gather
@@ -275,6 +277,18 @@ class CheckedConfig(EmulatedRaggedConfig):
         arguments = operand, output, input_offsets, send_sizes, output_offsets, recv_sizes
         got = ragged_by_all_gather(*arguments, axis_name=axis_name)
         return jnp.where(good, got, jnp.nan if got.dtype == jnp.float32 else -1)
+
+
+def test_group_limits_keep_tokens_within_groups_of_devices():
+    """Four groups of experts on eight devices, one of them for a token, which takes all of its experts: two devices each."""
+    router = RouterConfig(n_routed_experts=E, num_experts_per_tok=4, n_group=4, topk_group=1)
+    config = MoeConfig(moe_intermediate_size=F, n_shared_experts=0, router=router, transport=TRANSPORTS["all_to_all"])
+    with jax.set_mesh(build(MESHES["expert"])):
+        layer = config.build(D, init=Init(nnx.Rngs(0), 1.0, PrecisionConfig(compute="float32")))
+        x_BTD = jax.reshard(arrays()["x"].astype(np.float32), spec("batch", None, None))
+        _, routing, traffic = nnx.jit(lambda layer, x_BTD: layer(x_BTD))(layer, x_BTD)
+    assert traffic.moved == 2 * B * T
+    assert np.sum(routing.load_E) == 4 * B * T
 
 
 def test_the_emulation_does_what_the_collective_promises():
