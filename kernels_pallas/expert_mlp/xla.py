@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from kernels_pallas.grouped_gemm.layout import Layout, capacity, take_rows
 
 UNROLL = 8  # choices
+COMBINED = 8192  # tokens whose choices are summed at once
 
 
 class Routes(NamedTuple):
@@ -190,6 +191,12 @@ def accumulation(a: jax.Array) -> jnp.dtype:
 
 
 def _combine(y_ECD: jax.Array, slot_TX: jax.Array) -> jax.Array:
+    """The sum of each token's slots; choice by choice and not too many tokens at once, or TPUs would write [T, X, D] first."""
     y_MD = y_ECD.reshape(-1, y_ECD.shape[-1])
-    # One choice at a time: TPUs would write all of them, [T, X, D], before they add.
-    return functools.reduce(jnp.add, (take_rows(y_MD, slot_T) for slot_T in slot_TX.T))
+
+    def total(slot_X: jax.Array) -> jax.Array:
+        return functools.reduce(jnp.add, (take_rows(y_MD, slot) for slot in slot_X))
+
+    if slot_TX.shape[0] <= COMBINED:
+        return total(slot_TX.T)
+    return jax.lax.map(total, slot_TX, batch_size=COMBINED)

@@ -6,6 +6,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import Unsupported, expert_mlp
+from kernels_pallas.expert_mlp import xla
 from kernels_pallas.expert_mlp import chunks
 
 IMPLEMENTATIONS = ["reference", "xla"]
@@ -125,6 +126,13 @@ def test_any_number_of_expected_choices_is_exact(expected_choices):
     arrays = inputs("experts that are not here")
     got = value_and_gradients("xla", expected_choices=expected_choices)(*as_float32(arrays))
     for actual, wanted in zip(got, expected(*arrays), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_many_tokens_are_combined_in_parts(monkeypatch):
+    monkeypatch.setattr(xla, "COMBINED", 24)  # of 64 tokens: two parts and a rest
+    arrays = inputs("ordinary")
+    for actual, wanted in zip(value_and_gradients("xla")(*as_float32(arrays)), expected(*arrays), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
