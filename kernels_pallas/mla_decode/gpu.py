@@ -99,7 +99,7 @@ def decode(
     splits = min(splits or choose_splits(B * M // ROWS, held // SLOTS, num_sms), held // SLOTS)
     table = () if cache.page_table_BP is None else (cache.page_table_BP.astype(jnp.int32),)
     kind = blocks_of(cache)
-    # With what turns bytes into bfloat16, the way of 16 bits would take four registers more than there are.
+    # Beside what makes bfloat16 of bytes, registers do not suffice for the addresses of the 16 bits' way out.
     out_dtype = jnp.float32 if splits > 1 or kind is Fp8Blocks else dtype
     arrays, scratch = kind.arrays(cache), kind.scratch_types(C, R, tile.stages)  # pyright: ignore[reportArgumentType]
     to_log2 = scale * LOG2_E  # exp(x) is exp2(x log2(e)), and the factor joins another
@@ -215,9 +215,8 @@ def decode(
         thread_name="warpgroup",
         compiler_params=compiler_params(),
     )(lengths_B.astype(jnp.int32), q_latent_BMC, q_rope_BMR, *arrays, *table)
-    out_PBMC, lse_PBM, _ = vary_alike(
-        (out_PBMC, lse_PBM, q_latent_BMC)
-    )  # which kernels leave out of their results' types
+    # Kernels leave what their results vary over out of the types.
+    out_PBMC, lse_PBM, _ = vary_alike((out_PBMC, lse_PBM, q_latent_BMC))
     out_PBTNC = out_PBMC[:, :, : T * N].reshape(splits, B, T, N, C)
     lse_PBTN = lse_PBM[:, :, : T * N].reshape(splits, B, T, N)
     if splits == 1:

@@ -149,7 +149,7 @@ class Fp8Blocks:
         plgpu.copy_gmem_to_smem(self.rope_gmem.at[row, slots, rope], self.rope_smem, self.here)
 
     def keys(self, n: jax.Array, w: jax.Array, held: jax.Array) -> tuple[list[Any], Any]:
-        """Both halves of the latents, and the rotary keys."""
+        """As of `Bf16Blocks`; of zeros where nothing is held."""
         del n
         plgpu.barrier_wait(self.both)
         plgpu.barrier_wait(self.here)
@@ -173,16 +173,13 @@ class Fp8Blocks:
         return [self.latent_smem.at[i] for i in range(WARPGROUPS)], self.rope_key_smem
 
     def values(self, n: jax.Array, w: jax.Array, held: jax.Array) -> Any:
-        """The half that is this warpgroup's."""
+        """As of `Bf16Blocks`."""
         del n, held
         plgpu.barrier_arrive(self.both)
         return self.latent_smem.at[w]
 
     def leave(self, n: jax.Array) -> None:
         del n
-
-
-Blocks = Bf16Blocks | Fp8Blocks
 
 
 def blocks_of(cache: LatentCache | Fp8LatentCache) -> type[Bf16Blocks] | type[Fp8Blocks]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import pytest
-from harness import interpreted
+from harness import Way, interpreted
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from mla_decode_cases import SCALE, Case, check_bfloat16
@@ -50,6 +50,14 @@ def run(case: Case, splits: int | None):
 )
 def test_values(name, interpretable):
     check_bfloat16(CASES[name], run(CASES[name], splits=1))
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("splits", [None, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_values_on_a_device(name, splits):
+    call = functools.partial(mla_decode, scale=SCALE, splits=splits)
+    check_bfloat16(CASES[name], Way(implementation="gpu", where="device").run(call, *CASES[name].args))
 
 
 @pytest.mark.parametrize("splits", [2, pytest.param(None, marks=pytest.mark.slow)])
