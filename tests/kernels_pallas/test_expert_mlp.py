@@ -6,8 +6,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import Unsupported, expert_mlp
-from kernels_pallas.expert_mlp import xla
-from kernels_pallas.expert_mlp import chunks
+from kernels_pallas.expert_mlp import chunks, xla
 
 IMPLEMENTATIONS = ["reference", "xla"]
 D, F = 6, 5
