@@ -15,6 +15,7 @@ from mdl.attention.mla import MlaConfig
 from mdl.mlp import MlpConfig
 from mdl.moe.moe import MoeConfig
 from mdl.moe.router import RouterConfig
+from mdl.moe.transport_all_to_all import AllToAllConfig
 from mdl.mtp import MtpConfig
 from mdl.rope import RopeConfig
 from mdl.sharding import MeshConfig
@@ -40,6 +41,7 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
             ),
             mlp=MlpConfig(intermediate_size=18432),  # released config
             moe=MoeConfig(
+                transport=AllToAllConfig(),  # a token's 8 experts are on at most 8 of 32 devices: no need to send it to all
                 moe_intermediate_size=2048,
                 n_shared_experts=1,
                 router=RouterConfig(

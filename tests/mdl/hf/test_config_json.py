@@ -13,6 +13,7 @@ from mdl.attention.gqa import GqaConfig
 from mdl.attention.mla import MlaConfig
 from mdl.moe.moe import MoeConfig
 from mdl.moe.router import RouterConfig
+from mdl.moe.transport_ring import RingConfig
 from mdl.mtp import MtpConfig
 from mdl.precision import PrecisionConfig
 from mdl.rope import Llama3RopeConfig, RopeConfig, YarnConfig
@@ -56,7 +57,8 @@ def test_fields_are_those_of_published_files(variant):
 
 def without_how(config: TransformerConfig) -> TransformerConfig:
     """What a config.json does not say: how to compute."""
-    return dataclasses.replace(config, scan_layers=True, remat="none", precision=FULL)
+    moe = config.moe and dataclasses.replace(config.moe, transport=RingConfig())
+    return dataclasses.replace(config, moe=moe, scan_layers=True, remat="none", precision=FULL)
 
 
 @pytest.mark.parametrize(
