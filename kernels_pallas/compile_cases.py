@@ -6,6 +6,7 @@ An op joins with a file of its own and one line below.
 from kernels_pallas.aot import CompileCase
 from kernels_pallas.flash_attention import compile_cases as flash_attention
 from kernels_pallas.fp8 import compile_cases as fp8
+from kernels_pallas.fp8_gemm import compile_cases as fp8_gemm
 from kernels_pallas.grouped_gemm import compile_cases as grouped_gemm
 from kernels_pallas.mla_decode import compile_cases as mla_decode
 
@@ -14,6 +15,7 @@ def compile_cases() -> list[CompileCase]:
     return [
         *flash_attention.compile_cases(),
         *fp8.compile_cases(),
+        *fp8_gemm.compile_cases(),
         *grouped_gemm.compile_cases(),
         *mla_decode.compile_cases(),
     ]

@@ -18,6 +18,8 @@ Implementation = Literal["xla", "tpu", "gpu", "reference"]
 # the first is the default: no kernel has been timed on a device yet.
 BACK_ENDS: dict[str, ModuleType | LazyModule] = {
     "xla": xla,
+    "tpu": LazyModule("kernels_pallas.fp8_gemm.tpu"),
+    "gpu": LazyModule("kernels_pallas.fp8_gemm.gpu"),
     "reference": reference,
 }
 

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.flash_attention.hopper import ROWS, SHARED_MEMORY, pad
 from kernels_pallas.grouped_gemm.layout import take_rows
-from kernels_pallas.grouped_gemm.turns import PART, TILE_ROWS, Ring, Visits, kernel, smem, take_turns
+from kernels_pallas.grouped_gemm.turns import PART, TILE_ROWS, Ring, Visits, at_least, kernel, smem, take_turns
 from kernels_pallas.select import Unsupported
 
 WIDTH = 64  # terms of a sum at a time: 16-bit numbers in 128 bytes, the swizzle
@@ -58,7 +58,7 @@ def backward_rows(dy_MF: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax
 def _rows_times_matrices(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose: bool) -> jax.Array:
     check(x_MD.dtype, w_EDF.dtype)
     shape = x_MD.shape[0], w_EDF.shape[1 if transpose else 2]
-    x_MD, w_EDF = _at_least(pad(x_MD, 1, WIDTH), 0, TILE_ROWS), pad(pad(w_EDF, 1, WIDTH), 2, WIDTH)
+    x_MD, w_EDF = at_least(pad(x_MD, 1, WIDTH), 0, TILE_ROWS), pad(pad(w_EDF, 1, WIDTH), 2, WIDTH)
     rows, inner = x_MD.shape
     groups, columns, dtype = w_EDF.shape[0], w_EDF.shape[1 if transpose else 2], x_MD.dtype
     tile = choose(columns)
@@ -126,9 +126,9 @@ def backward_weights(x_MD: jax.Array, dy_MF: jax.Array, sizes_E: jax.Array, dtyp
     starts_E, whole_E = ends_E - sizes_E, sizes_E // WIDTH * WIDTH
     rest_ER = (starts_E + whole_E)[:, None] + jnp.arange(WIDTH, dtype=jnp.int32)
     rest_ER = jnp.where(rest_ER < ends_E[:, None], rest_ER, len(x_MD))
-    x_MD, dy_MF = _at_least(pad(x_MD, 1, WIDTH), 1, TILE_ROWS), pad(dy_MF, 1, WIDTH)
+    x_MD, dy_MF = at_least(pad(x_MD, 1, WIDTH), 1, TILE_ROWS), pad(dy_MF, 1, WIDTH)
     x_ERD, dy_ERF = take_rows(x_MD, rest_ER), take_rows(dy_MF, rest_ER)
-    x_MD, dy_MF = (_at_least(a, 0, WIDTH) for a in (x_MD, dy_MF))
+    x_MD, dy_MF = (at_least(a, 0, WIDTH) for a in (x_MD, dy_MF))
     groups, rows, columns = shape[0], x_MD.shape[1], dy_MF.shape[1]
     tile = choose(columns)
     tiles = pl.cdiv(rows, TILE_ROWS), pl.cdiv(columns, tile.columns)
@@ -232,7 +232,3 @@ def _add_products(ring: Ring, multiply: Callable, columns: int) -> Callable:
         return pl.run_scoped(add, plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32))
 
     return sum_of
-
-
-def _at_least(a: jax.Array, axis: int, length: int) -> jax.Array:
-    return pad(a, axis, length) if a.shape[axis] < length else a

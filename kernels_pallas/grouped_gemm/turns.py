@@ -20,6 +20,7 @@ from kernels_pallas.flash_attention.hopper import (
     ROWS,
     WARPGROUPS,
     compiler_params,
+    pad,
 )
 from kernels_pallas.vary import vary_alike
 
@@ -188,3 +189,8 @@ def smem(shape: tuple[int, ...], dtype: Any) -> Any:
     """As TMA writes and wgmma reads it; the last dim is a multiple of 128 bytes."""
     tiling = plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(SWIZZLE)))
+
+
+def at_least(a: jax.Array, axis: int, length: int) -> jax.Array:
+    """Zeros behind, up to the length of a tile: TMA takes no less."""
+    return pad(a, axis, length) if a.shape[axis] < length else a
