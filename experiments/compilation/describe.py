@@ -36,7 +36,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     compiler = "none given" if flops["compiler"] is None else amount(flops["compiler"])
     yield (
         f"FLOPs        {amount(flops['model'])} of the model, {amount(flops['program'])} of the program's matrix products "
-        f"({flops['program'] / flops['model']:.2f}x; {flops['loops_of_unknown_length']} loops of unknown length counted once); "
+        f"({flops['program'] / flops['model']:.2f}x; {flops['loops_of_unknown_length']} loops of unknown length counted once, "
+        f"the lighter branch of {flops['conditionals']} conditionals); "
         f"the compiler's count with every loop once: {compiler}"
     )
     yield f"memory read and written  {amount(found['memory_bytes'])}B"

@@ -50,6 +50,7 @@ def figures(config: ExperimentConfig, cluster: Cluster, step: CompiledStep) -> d
             "program": program_flops,  # matrix products of the compiled text, loops multiplied out
             "compiler": step.flops_once,  # as the compiler counts: every loop once
             "loops_of_unknown_length": len(program.unknown_loops),  # counted once
+            "conditionals": len(program.conditionals),  # the branch with the least products is counted
         },
         "memory_bytes": memory_bytes,
         "roofline": {

@@ -10,7 +10,9 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0, "opaque": 0}  # th
 _ARRAY = re.compile(r"([a-z]+[0-9]*(?:e[0-9]+m[0-9]+[a-z]*)?)\[([0-9,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)|(?:branch|called)_computations=\{([^}]*)\}")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)|(?:branch|called)_computations=\{([^}]*)\}"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,10 @@ class Program:
                 current = self.computations[found[2]] = {}
                 if found[1]:
                     self.entry = found[2]
-        self.unknown_loops: set[str] = set()  # loops whose length is data; their bodies count once
+        self.unknown_loops: set[str] = set()  # their length is data; they count once
+        self.conditionals: set[str] = (
+            set()
+        )  # of their branches the one with the least products counts: others are exceptions
         self.runs: list[Run] = list(self._walk(self.entry, self.entry, 1, fused=False))
 
     def _walk(self, name: str, owner: str, times: int, *, fused: bool) -> Iterator[Run]:
@@ -129,10 +134,13 @@ class Program:
             elif instruction.opcode == "fusion" or instruction.opcode.startswith("async"):
                 for each in instruction.called:
                     yield from self._walk(each, owner, times, fused=True)
-            elif instruction.opcode in ("call", "conditional"):  # of branches all are counted: an upper bound
-                branches = [instruction.attribute(rf"{side}_computation=%?([\w.-]+)") for side in ("true", "false")]
-                for each in filter(None, (*instruction.called, *branches)):
+            elif instruction.opcode == "call":
+                for each in instruction.called:
                     yield from self._walk(each, each, times, fused=fused)
+            elif instruction.opcode == "conditional":
+                self.conditionals.add(instruction.name)
+                branches = [list(self._walk(each, each, times, fused=fused)) for each in instruction.called]
+                yield from min(branches, key=lambda runs: sum(map(_flops, runs)))
 
     def _trip_count(self, loop: Instruction, computation: Computation) -> int | None:
         """What the compiler noted, else the constant that the counter stays below; None where the length is data."""
@@ -162,7 +170,7 @@ class Program:
 
     def product_flops(self) -> float:
         """Multiply-adds, counted as two, of all matrix products and convolutions on one device."""
-        return float(sum(run.times * _product_flops(run.instruction, run.computation) for run in self.runs))
+        return float(sum(map(_flops, self.runs)))
 
     # --- memory ------------------------------------------------------------------------------------------------------------------
 
@@ -233,6 +241,10 @@ def _split_operands(rest: str) -> tuple[str, str]:
         if depth == 0:
             return rest[:i], rest[i + 1 :]
     return rest, ""
+
+
+def _flops(run: Run) -> int:
+    return run.times * _product_flops(run.instruction, run.computation)
 
 
 def _product_flops(instruction: Instruction, computation: Computation) -> int:

@@ -145,6 +145,16 @@ def test_a_compiled_program_of_many_devices():
     assert (line.kind, line.group, line.count, line.bytes) == ("all-reduce", 4, 5, 5 * 2 * 8 * 64 * 4 * 3 / 4)
 
 
+def test_the_lighter_branch_counts():
+    """The other one is an exception, such as a transport's fallback."""
+    text = jax.jit(lambda p, x: jax.lax.cond(p, lambda x: x @ x @ x, lambda x: x @ x, x)).trace(
+        jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    )
+    program = Program(text.lower().compile().as_text())
+    assert program.product_flops() == 2 * 8**3
+    assert len(program.conditionals) == 1
+
+
 def test_roofline():
     lines = [Traffic(kind="all-gather", group=8, hosts=2, count=1, bytes=30.0, network_bytes=10.0)]
     find = functools.partial(roofline, model_flops=50, program_flops=100, memory_bytes=40, traffic=lines, peak=10)
