@@ -70,9 +70,8 @@ def backward(
         softcap=softcap,
         args=(q_BTNK, k_BSZK, v_BSZU, dout_BTNU, lse_BNT, delta_BNT),
     )
-    extras = softcap is not None or mask.q_segment_ids_BT is not None or mask.q_positions_BT is not None
     grads = [call.dq(choose_dq(K, U))]
-    for tile in choose_dk_dv(K, U, extras):
+    for tile in choose_dk_dv(K, U):
         grads += call.dk_dv(tile)
     *grads, _ = vary_alike((*grads, q_BTNK))  # which kernels leave out of their results' types
     dq_BTNK, dk_BSZK, dv_BSZU = (a[:, : shape[1], :, : shape[3]] for a, shape in zip(grads, shapes, strict=True))

@@ -77,14 +77,14 @@ def choose_dq(K: int, U: int) -> BackwardTile:
     return BackwardTile(rows=64, stages=2 if K + U <= 320 else 1, sums=((pieces(0, K),),))
 
 
-def choose_dk_dv(K: int, U: int, extras: bool) -> list[BackwardTile]:
-    """One for each pass over the queries. extras: a softcap or ids, which take registers too."""
+def choose_dk_dv(K: int, U: int) -> list[BackwardTile]:
+    """One for each pass over the queries."""
     dk, dv = pieces(0, K), pieces(0, U)
     if max(K, U) > WIDEST_PRODUCT:
         return [
             BackwardTile(rows=32, stages=1, sums=tuple((half, ()) for half in halves(K))),
             BackwardTile(rows=32, stages=1, sums=tuple(((), half) for half in halves(U))),
         ]
-    if K + U + 64 * extras > 256:
+    if K + U > 256:
         return [BackwardTile(rows=64, stages=2, sums=((dk, ()), ((), dv)))]
     return [BackwardTile(rows=64, stages=2, sums=((dk, dv),))]

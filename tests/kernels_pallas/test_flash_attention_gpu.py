@@ -90,8 +90,8 @@ def interpretable(monkeypatch):
     def choose_dq(K, U, choose=gpu_backward.choose_dq):
         return through_shared_memory(choose(K, U))
 
-    def choose_dk_dv(K, U, extras, choose=gpu_backward.choose_dk_dv):
-        return [through_shared_memory(tile) for tile in choose(K, U, extras)]
+    def choose_dk_dv(K, U, choose=gpu_backward.choose_dk_dv):
+        return list(map(through_shared_memory, choose(K, U)))
 
     monkeypatch.setattr(gpu, "choose", choose)
     monkeypatch.setattr(gpu_backward, "choose_dq", choose_dq)
@@ -324,9 +324,8 @@ def test_there_is_a_tile_for_all_widths():
         K, U = (a.shape[0] for a in pad_widths(*(jnp.zeros(width, jnp.bfloat16) for width in widths)))
         gpu.choose(K, U)  # checks itself
         gpu_backward.choose_dq(K, U).check(K, U)
-        for extras in (False, True):
-            for tile in gpu_backward.choose_dk_dv(K, U, extras):
-                tile.check(K, U)
+        for tile in gpu_backward.choose_dk_dv(K, U):
+            tile.check(K, U)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
