@@ -88,16 +88,19 @@ def test_rounding_in_bfloat16(changes, splits):
     check_bfloat16(case, simulated(functools.partial(run, splits=splits), *case.args))
 
 
-def test_every_number_that_fp8_has():
-    """Subnormal ones too; with a single slot the output is the latent."""
+@pytest.mark.parametrize("generation", [6, 7])
+def test_every_number_that_fp8_has(generation, monkeypatch):
+    """Subnormal ones too; with a single slot the output is the latent. Not a number makes the logit none."""
+    monkeypatch.setattr(tpu, "_generation", lambda: generation)
     codes = np.arange(256, dtype=np.uint8).reshape(2, 1, 128)
-    codes[codes % 128 == 127] = 0  # not a number
-    scale = np.array([0.37, 2**-20], np.float32)
-    tail = np.concatenate([scale.view(np.uint8).reshape(2, 1, 4), np.zeros((2, 1, 16), np.uint8)], axis=-1)
+    codes = np.concatenate([np.where(codes % 128 == 127, 0, codes), codes])
+    scale = np.array([0.37, 2**-20, 0.37, 2**-20], np.float32)
+    tail = np.concatenate([scale.view(np.uint8).reshape(4, 1, 4), np.zeros((4, 1, 16), np.uint8)], axis=-1)
     rows = np.pad(np.concatenate([codes, tail], axis=-1), ((0, 0), (0, 127), (0, 0)))
-    q, lengths = (normal(2, 1, 1, 128), normal(2, 1, 1, 8)), np.ones(2, np.int32)
-    out, _ = simulated(run, *q, Fp8LatentCache(jnp.asarray(rows), 128), lengths)
-    np.testing.assert_array_equal(out[:, 0], values_of(codes)[:, 0][:, None] * scale[:, None, None])
+    q, lengths = (normal(4, 1, 1, 128), normal(4, 1, 1, 8)), np.ones(4, np.int32)
+    out, lse = simulated(run, *q, Fp8LatentCache(jnp.asarray(rows), 128), lengths)
+    np.testing.assert_array_equal(out[:2, 0, 0], values_of(codes[:2, 0]) * scale[:2, None])
+    assert np.isnan(out[2:]).all() and np.isnan(lse[2:]).all()
 
 
 @pytest.mark.device
