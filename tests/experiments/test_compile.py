@@ -95,3 +95,23 @@ def test_missing_compilers_are_named(monkeypatch):
     monkeypatch.setattr(aot, "check_installed", missing)
     with pytest.raises(UserError, match="libtpu not installed"):
         command.main(["--config=configs/tiny.py", "--topology=v5e:2x4"])
+
+
+@pytest.mark.slow
+@needs_compilers
+@pytest.mark.parametrize("topology", ["v5p:8x8x8", "v5p:8x8x16", "tpu7x:4x8x8", "h200:1x128x8"])
+def test_the_whole_of_deepseek_v3_fits(topology, tmp_path):
+    """671B parameters, MTP, batches of 15,360 rows of 4,096 tokens; the time is that of two cores."""
+    code, found = compile_to(tmp_path / "out.json", "--config=configs/deepseek_v3.py", f"--topology={topology}")
+    assert code == 0 and found["fits"]
+    assert found["devices"] >= 512 and found["parameters"]["total"] > 670e9
+    assert found["batch"] == {"rows": 15360, "seq_len": 4096, "micro_batches": 15}
+    assert found["trace_seconds"] + found["compile_seconds"] < 600
+
+
+@pytest.mark.slow
+@needs_compilers
+def test_one_h200(tmp_path):
+    code, found = compile_to(tmp_path / "out.json", "--config=configs/moe_1b.py", "--topology=h200:1x1x1")
+    assert code == 0 and found["fits"] and found["devices"] == 1
+    assert not found["collectives"]
