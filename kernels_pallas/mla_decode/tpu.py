@@ -35,6 +35,8 @@ def decode(
     blocks = Blocks.of(cache, B, parts, SLOTS)
     dtype = cache.dtype(q_latent_BTNC.dtype)
     if isinstance(cache, Fp8LatentCache):
+        if q_rope_BTNR.shape[-1] % 2:
+            raise Unsupported("mla_decode on TPU takes FP8 rows of whole words, so an even number of rotary dims")
         q_rope_BTNR = _even_then_odd(q_rope_BTNR)
     q_latent_BMC, q_rope_BMR = (_rows(q.astype(dtype)) for q in (q_latent_BTNC, q_rope_BTNR))
     M, R = q_rope_BMR.shape[1:]

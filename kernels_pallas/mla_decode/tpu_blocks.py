@@ -13,6 +13,7 @@ from kernels_pallas.mla_decode.cache import AnyCache, LatentCache, capacity
 from kernels_pallas.select import Unsupported
 
 LANES = 128  # of a vector register
+MOST_PAGE = 4096  # slots, of which VMEM holds two pages
 SMEM_BYTES = 768 << 10  # for lengths and page numbers, of 1 MiB
 
 
@@ -34,9 +35,10 @@ class Blocks:
         slots, table = cache.arrays[0].shape[1], cache.page_table_BP
         if table is None:
             return cls(cache=cache, batch=batch, splits=splits, slots=min(most_slots, _whole(slots)))
-        if slots % LANES:
+        if slots % LANES or slots > MOST_PAGE:
+            sizes = f"{LANES} to {MOST_PAGE} slots, by {LANES}"
             raise Unsupported(
-                f"mla_decode on TPU takes pages of {LANES} slots or a multiple, not {slots}: each call would copy smaller ones"
+                f"mla_decode on TPU takes pages of {sizes}, not {slots}: each call would copy smaller ones"
             )
         if 4 * (batch + table.size) > SMEM_BYTES:
             raise Unsupported(f"mla_decode on TPU has no room for {table.size} page numbers; 'xla' does")

@@ -177,8 +177,10 @@ def test_twice_the_same_bits():
 
 def test_what_it_cannot_do_it_says():
     case = Case(lengths=(3,), capacity=128, page=64)
-    with pytest.raises(Unsupported, match="takes pages of 128 slots or a multiple, not 64"):
+    with pytest.raises(Unsupported, match="takes pages of 128 to 4096 slots, by 128, not 64"):
         run(*case.args)
+    with pytest.raises(Unsupported, match="an even number of rotary dims"):
+        run(*Case(lengths=(3,), capacity=128, widths=(128, 7), fp8=True).args)
     with pytest.raises(Unsupported, match="takes 1024 queries times heads a row, not 1200"):
         run(*Case(lengths=(3,), capacity=128, queries=4, heads=300).args)
     pages = LatentCache(jnp.zeros((1, 128, 128)), jnp.zeros((1, 128, 8)), jnp.zeros((1, 200_000), jnp.int32))
