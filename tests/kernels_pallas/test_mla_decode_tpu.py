@@ -78,7 +78,7 @@ V3 = Case(lengths=(1, 0, 259, 300), capacity=384, queries=2, heads=16, widths=(5
         ({"page": 128}, 2),
         ({"fp8": True}, None),
         pytest.param({"heads": 128}, None, marks=pytest.mark.slow),
-        pytest.param({"heads": 128, "queries": 4, "page": 256}, 3, marks=pytest.mark.slow),
+        pytest.param({"heads": 128, "queries": 4, "page": 384}, 3, marks=pytest.mark.slow),
         pytest.param({"heads": 128, "fp8": True, "page": 128}, None, marks=pytest.mark.slow),
     ],
     ids=str,
