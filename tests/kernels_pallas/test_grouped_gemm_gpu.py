@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import Way, interpreted
-from test_grouped_gemm import CASES, check, check_inside_shard_map, expected, inputs
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from test_grouped_gemm import CASES, check, expected, inputs
 
 from kernels_pallas import Unsupported, grouped_gemm
 from kernels_pallas.grouped_gemm import gpu, turns
@@ -61,10 +63,21 @@ def test_nothing_of_other_groups_is_multiplied(small_tiles):
     np.testing.assert_allclose(np.delete(dw, 1, 0), np.delete(wanted[2], 1, 0), atol=0.1)
 
 
-@pytest.mark.slow
-def test_inside_shard_map():
-    with interpreted("gpu"):
-        check_inside_shard_map("gpu", jnp.bfloat16)
+def test_lowers_inside_shard_map():
+    """Values and both gradients; matrices are the same on all devices, rows are not."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+
+    def gradients(x, w, sizes, dy):
+        return jax.vjp(lambda x, w: grouped_gemm(x, w, sizes, implementation="gpu"), x, w)[1](dy)
+
+    with jax.set_mesh(mesh):
+        rows, all_ = jax.NamedSharding(mesh, P("data")), jax.NamedSharding(mesh, P())
+        x, dy = (jax.ShapeDtypeStruct((256, width), jnp.bfloat16, sharding=rows) for width in (64, 128))
+        w = jax.ShapeDtypeStruct((2, 64, 128), jnp.bfloat16, sharding=all_)
+        sizes = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=rows)
+        specs = P("data"), P(), P("data"), P("data")
+        local = jax.jit(jax.shard_map(gradients, in_specs=specs, out_specs=specs[:2]))
+        assert "mosaic_gpu" in local.trace(x, w, sizes, dy).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_visits():
