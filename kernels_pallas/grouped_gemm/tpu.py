@@ -59,23 +59,21 @@ def choose_rows(rows: int, groups: int) -> int:
     return min(512, max(LANES, 1 << math.ceil(math.log2(max(1, rows / groups)))), ceil(rows, SUBLANES))
 
 
-def forward(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tile: Tile | None = None) -> jax.Array:
+def forward(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """y_MF = x_MD @ w[group], in x's dtype; zeros beyond the last group. Raises Unsupported."""
-    return _rows_times_matrices(x_MD, w_EDF, sizes_E, tile, transpose=False)
+    return _rows_times_matrices(x_MD, w_EDF, sizes_E, transpose=False)
 
 
-def backward_rows(dy_MF: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tile: Tile | None = None) -> jax.Array:
+def backward_rows(dy_MF: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """dx_MD = dy_MF @ w[group]^T, in dy's dtype; the matrices are read as they lie. Raises Unsupported."""
-    return _rows_times_matrices(dy_MF, w_EDF, sizes_E, tile, transpose=True)
+    return _rows_times_matrices(dy_MF, w_EDF, sizes_E, transpose=True)
 
 
-def _rows_times_matrices(
-    x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tile: Tile | None, transpose: bool
-) -> jax.Array:
+def _rows_times_matrices(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose: bool) -> jax.Array:
     _check(x_MD, w_EDF)
     rows, inner = x_MD.shape
     groups, columns = w_EDF.shape[0], w_EDF.shape[1 if transpose else 2]
-    tile = tile or choose(rows, inner, columns, groups, x_MD.dtype.itemsize)
+    tile = choose(rows, inner, columns, groups, x_MD.dtype.itemsize)
     w_axis = 1 if transpose else 0
 
     def product(step, x_ref, w_ref):
@@ -108,13 +106,11 @@ def _rows_times_matrices(
     )
 
 
-def backward_weights(
-    x_MD: jax.Array, dy_MF: jax.Array, sizes_E: jax.Array, dtype: Any, tile: Tile | None = None
-) -> jax.Array:
+def backward_weights(x_MD: jax.Array, dy_MF: jax.Array, sizes_E: jax.Array, dtype: Any) -> jax.Array:
     """dw_EDF[e] = x_e^T dy_e over the rows of group e; zeros for an empty group. Raises Unsupported."""
     _check(x_MD, dy_MF)
     (rows, inner), columns, groups = x_MD.shape, dy_MF.shape[1], sizes_E.shape[0]
-    tile = tile or choose_weights(rows, inner, columns, groups)
+    tile = choose_weights(rows, inner, columns, groups)
     visits = Visits.of(sizes_E, rows, tile.rows, every_group=True)
 
     def kernel(group_V, tile_V, starts_E, x_ref, dy_ref, dw_ref, sums_ref):

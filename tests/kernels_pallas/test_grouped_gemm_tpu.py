@@ -104,6 +104,11 @@ def test_tiles_fit_the_smallest_vmem(name, itemsize):
         assert 2 * itemsize * operands + 4 * tile.inner * tile.columns <= BUFFER_BYTES
 
 
+def test_tiles_of_a_few_rows():
+    assert tpu.choose(3, 4, 3, 6, 4).rows == 32, "whole registers, though there are fewer rows"
+    assert tpu.choose(4096, 512, 512, 32, 2).rows == 128 and tpu.choose(4096, 512, 512, 2, 2).rows == 512
+
+
 def test_declines_other_dtypes():
     x, w, sizes = jnp.ones((4, 3)), jnp.ones((2, 3, 5), jnp.bfloat16), jnp.array([2, 2])
     with pytest.raises(Unsupported, match="takes bfloat16 or float32, not float32 and bfloat16; 'xla' does"):
