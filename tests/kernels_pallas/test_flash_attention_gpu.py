@@ -50,7 +50,14 @@ CASES = {
     "grouped, split": Case(dims=(192, 128), heads=(2, 1), lengths=(140, 130), batch=1, causal=True, offset=-10),
     "absorbed": Case(dims=(576, 512), heads=(2, 1), lengths=(70, 130), batch=1, causal=True, offset=60),
     "absorbed, packed": Case(
-        dims=(576, 512), heads=(1, 1), lengths=(140, 140), causal=True, segments="packed", softcap=2.0, sinks=True
+        dims=(576, 512),
+        heads=(1, 1),
+        lengths=(140, 140),
+        batch=1,
+        causal=True,
+        segments="packed",
+        softcap=2.0,
+        sinks=True,
     ),
     "wide keys alone": Case(dims=(320, 64), heads=(1, 1), lengths=(70, 70), batch=1, causal=True),
     "widths of odd halves": Case(dims=(96, 160), heads=(2, 1), lengths=(140, 70), batch=1, window=(80, 20), offset=-30),
