@@ -21,16 +21,12 @@ HERE, THERE = (Way(implementation="gpu", where=where) for where in ("interpreted
 EVERY_TIME = {"tiles: groups of nearly a tile"}
 
 
-@pytest.fixture(autouse=True)
-def interpretable(monkeypatch):
-    monkeypatch.setattr(turns, "put", lambda ref, y: operator.setitem(ref, ..., y))
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several of each dim, several turns, and places in the ring used again."""
+    """Several of each dim, several turns, places in the ring used again, and what the interpreter can run."""
     monkeypatch.setattr(gpu, "choose", lambda columns: Tile(columns=min(columns, 128), stages=2))
     monkeypatch.setattr(turns, "BLOCKS", 2)
+    monkeypatch.setattr(turns, "put", lambda ref, y: operator.setitem(ref, ..., y))
 
 
 @pytest.mark.parametrize(
