@@ -55,7 +55,7 @@ EDGES = [
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(Tile, "of", lambda *_: SMALL)
+    monkeypatch.setattr(Tile, "of", lambda *_, **__: SMALL)
 
 
 ONE_KERNEL, TWO_KERNELS = 16 << 20, 0  # of the backward pass: bytes that dq may take in VMEM
