@@ -64,9 +64,14 @@ class Run:
         command = [sys.executable, "-m", "experiments.run", *map(str, arguments)]
         if limit_file_size:
             command = ["prlimit", f"--fsize={limit_file_size}", *command]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
-        )
+        # What a shell starts in the background ignores Ctrl-C, and passes that on to its children.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
         self._guard = threading.Timer(TIMEOUT_SECONDS, self.process.kill)
         self._guard.start()
         fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
