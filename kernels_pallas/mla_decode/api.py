@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kernels_pallas.mla_decode import reference, xla
 from kernels_pallas.mla_decode.cache import AnyCache, capacity
 from kernels_pallas.select import LazyModule, select
+from kernels_pallas.vary import vary_alike
 
 Implementation = Literal["xla", "reference", "tpu", "gpu"]
 # A back end is a module with `decode(q_latent_BTNC, q_rope_BTNR, cache, lengths_B, scale, splits) -> (out_BTNC, lse_BTN)`, which
@@ -58,7 +59,7 @@ def mla_decode(
     def refuse(primals, tangents):
         raise TypeError("mla_decode is not differentiable; train with expanded keys and values (flash_attention)")
 
-    return run(*_vary_alike((q_latent_BTNC, q_rope_BTNR, cache, lengths_B)))
+    return run(*vary_alike((q_latent_BTNC, q_rope_BTNR, cache, lengths_B)))
 
 
 def _check(q_latent_BTNC, q_rope_BTNR, cache: AnyCache, lengths_B, scale, splits) -> None:
@@ -97,14 +98,3 @@ def _check(q_latent_BTNC, q_rope_BTNR, cache: AnyCache, lengths_B, scale, splits
         raise ValueError(f"mla_decode: scale={scale} is not finite")
     if splits is not None and splits < 1:
         raise ValueError(f"mla_decode: splits={splits} must be at least 1; None leaves it to the implementation")
-
-
-def _vary_alike(args):
-    """Inside shard_map, lets all arguments vary over the same axes: a loop over the cache carries what depends on all."""
-    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(args)))
-
-    def cast(leaf: jax.Array) -> jax.Array:
-        missing = tuple(axes - jax.typeof(leaf).manual_axis_type.varying)
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(cast, args)
