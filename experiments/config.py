@@ -189,10 +189,14 @@ class ExperimentConfig:
         heads = getattr(attention, "num_key_value_heads", attention.num_attention_heads)
         index_heads = attention.index_n_heads if isinstance(attention, DsaConfig) else 0
         experts, width = (model.moe.router.n_routed_experts, model.moe.moe_intermediate_size) if model.moe else (0, 0)
+        mla = attention.dense if isinstance(attention, DsaConfig) else attention
+        query_latent, latent = (getattr(mla, name, None) or 0 for name in ("q_lora_rank", "kv_lora_rank"))
         for name, value, parts, axis in (
             ("train.batch_size / train.grad_accum_steps", self.train.micro_batch_size, rows, "data x fsdp x expert"),
             ("eval.batch_size", self.eval_batch_size, rows, "data x fsdp x expert"),
             ("model.hidden_size", model.hidden_size, fsdp, "fsdp"),
+            ("model.attention.q_lora_rank", query_latent, fsdp, "fsdp"),
+            ("model.attention.kv_lora_rank", latent, fsdp, "fsdp"),
             ("model.vocab_size", model.vocab_size, tensor, "tensor"),
             ("model.attention heads", heads, tensor, "tensor"),
             ("model.attention.index_n_heads", index_heads, tensor, "tensor"),

@@ -25,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "mlp": "tensor",
     "experts": "expert",
     "embed": "fsdp",
+    "latent": "fsdp",  # of matrices that expand a latent, the widest outside of the experts
 }
 
 

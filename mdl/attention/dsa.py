@@ -76,7 +76,7 @@ class Indexer(nnx.Module):
         assert config.dense.q_lora_rank is not None
         D, Q, I, J = hidden_size, config.dense.q_lora_rank, config.index_n_heads, config.index_head_dim
         self.config = config
-        self.wq_b = Linear((Q,), (I, J), (None, "heads", None), init=init)
+        self.wq_b = Linear((Q,), (I, J), ("latent", "heads", None), init=init)
         self.wk = Linear((D,), (J,), ("embed", None), init=init)
         self.k_norm = LayerNorm(J, eps=KEY_NORM_EPS, init=init)
         float32 = dataclasses.replace(init.precision, param="float32")

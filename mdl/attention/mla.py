@@ -33,10 +33,10 @@ class Mla(nnx.Module):
         else:
             self.q_a_proj = Linear((D,), (Q,), ("embed", None), init=init)
             self.q_a_norm = RmsNorm(Q, eps=LATENT_NORM_EPS, init=init)
-            self.q_b_proj = Linear((Q,), (N, H + R), (None, "heads", None), init=init)
+            self.q_b_proj = Linear((Q,), (N, H + R), ("latent", "heads", None), init=init)
         self.kv_a_proj = Linear((D,), (C + R,), ("embed", None), init=init)
         self.kv_a_norm = RmsNorm(C, eps=LATENT_NORM_EPS, init=init)
-        self.kv_b_proj = Linear((C,), (N, H + U), (None, "heads", None), init=init)
+        self.kv_b_proj = Linear((C,), (N, H + U), ("latent", "heads", None), init=init)
         self.o_proj = Linear((N, U), (D,), ("heads", None, "embed"), init=init)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
