@@ -213,7 +213,8 @@ def test_tiles_that_no_query_sees_are_skipped(low, high):
 
 def walks(mask: Mask, length: int, rows: int, columns: int) -> list[np.ndarray]:
     """Tiles of each block, of queries over keys and of keys over queries, as many of the one as of the other."""
-    lengths, padded = (length, length), (-(-length // 128) * 128,) * 2
+    end = -(-length // 128) * 128
+    lengths, padded = (length, length), (end, end)
 
     @jax.jit
     def tiles(mask):
