@@ -141,4 +141,4 @@ def _splash(scale: float, causal: bool, q_BTNK: jax.Array, k_BSZK: jax.Array, v_
     masks = splash_attention_mask.MultiHeadMask([kind((num_queries, num_keys))] * heads)
     kernel = splash_attention_kernel.make_splash_mha_single_device(masks, block_sizes=blocks)
     out_BNTU = jax.vmap(kernel)(*(a.swapaxes(1, 2) for a in (q_BTNK * scale, k_BSZK, v_BSZU)))
-    return out_BNTU.swapaxes(1, 2)
+    return out_BNTU.swapaxes(1, 2)  # pyright: ignore[reportAttributeAccessIssue]

@@ -83,7 +83,7 @@ def config_json(config: TransformerConfig) -> dict[str, Any]:
     return transformer_json(config) | {"num_nextn_predict_layers": modules}
 
 
-def router_sizes(fields: Fields, groups: int | None = None) -> dict[str, int]:
+def router_sizes(fields: Fields, groups: int | None = None) -> dict[str, Any]:
     """`groups` is the number of groups, and of those that a token may use, of files that leave them out."""
     return {
         "n_routed_experts": fields.integer("n_routed_experts"),
