@@ -83,6 +83,21 @@ def _group(run: Run, num_devices: int) -> list[int]:
         shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
         ids = np.arange(math.prod(dims or ())).reshape(dims or ())
         return (ids if order is None else ids.transpose(order)).reshape(shape or ())[0].tolist()
+    if found := re.search(
+        r"replica_groups=mesh\[([^]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+        instruction.attributes,
+    ):
+        sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", found[1])}
+        ids = np.arange(math.prod(sizes.values()))
+        if found[2]:
+            ids = ids.reshape([int(n) for n in found[2].split(",")])
+            ids = ids.transpose([int(n) for n in found[3].split(",")]) if found[3] else ids
+        together = set(re.findall(r"'\w+'", found[4]))
+        return (
+            ids.reshape(tuple(sizes.values()))[tuple(slice(None) if name in together else 0 for name in sizes)]
+            .ravel()
+            .tolist()
+        )
     if pairs := re.findall(r"\{(\d+),(\d+)\}", instruction.attribute(r"source_target_pairs=\{(.*?\})\}")):
         return sorted({int(device) for device in pairs[-1]})
     return list(range(num_devices))

@@ -114,6 +114,7 @@ def test_a_collective_in_several_fusions_is_one():
         ("f32[2]{0} parameter(0)|((f32[2]{0}), f32[8]{0}) all-gather-start(%x), replica_groups={{0,2,4,6},{1,3,5,7}}", "all-gather", 4, 24, 8),
         ("f32[8]{0} parameter(0)|((f32[8]{0}), f32[2]{0}) reduce-scatter-start(%x), replica_groups=[1,4]<=[4]", "reduce-scatter", 4, 24, 0),
         ("f32[8]{0} parameter(0)|f32[8]{0} all-reduce-start(%x), replica_groups={}", "all-reduce", 8, 56, 8),
+        ("f32[8]{0} parameter(0)|f32[2]{0} reduce-scatter(%x), replica_groups=mesh['a'=4,'b'=1,'c'=2] {'a'}", "reduce-scatter", 4, 24, 8),
         ("bf16[8]{0} parameter(0)|bf16[8]{0} all-to-all(%x), replica_groups={{0,4}}", "all-to-all", 2, 8, 8),
         ("pred[8]{0} parameter(0)|pred[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute", 2, 8, 0),
     ],
