@@ -116,9 +116,7 @@ class Program:
                 if found[1]:
                     self.entry = found[2]
         self.unknown_loops: set[str] = set()  # their length is data; they count once
-        self.conditionals: set[str] = (
-            set()
-        )  # of their branches the one with the least products counts: others are exceptions
+        self.conditionals: set[str] = set()  # of their branches the lightest counts: the others are exceptions
         self.runs: list[Run] = list(self._walk(self.entry, self.entry, 1, fused=False))
 
     def _walk(self, name: str, owner: str, times: int, *, fused: bool) -> Iterator[Run]:
@@ -140,7 +138,7 @@ class Program:
             elif instruction.opcode == "conditional":
                 self.conditionals.add(instruction.name)
                 branches = [list(self._walk(each, each, times, fused=fused)) for each in instruction.called]
-                yield from min(branches, key=lambda runs: sum(map(_flops, runs)))
+                yield from min(branches, key=_weight)
 
     def _trip_count(self, loop: Instruction, computation: Computation) -> int | None:
         """What the compiler noted, else the constant that the counter stays below; None where the length is data."""
@@ -199,6 +197,7 @@ class Program:
         read = sum(_read(operand, parameters[i], inside) for i, operand in enumerate(operands))
         root = next(each for each in inside.values() if each.is_root)
         roots = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        roots = [inside[each.operands[0]] if each.opcode == "bitcast" else each for each in roots]
         in_place = sum(
             each.bytes - inside[each.operands[1]].bytes for each in roots if each.opcode == "dynamic-update-slice"
         )
@@ -241,6 +240,11 @@ def _split_operands(rest: str) -> tuple[str, str]:
         if depth == 0:
             return rest[:i], rest[i + 1 :]
     return rest, ""
+
+
+def _weight(runs: list[Run]) -> tuple[int, int]:
+    """Products first, then bytes of results."""
+    return sum(map(_flops, runs)), sum(run.times * run.instruction.bytes for run in runs if not run.fused)
 
 
 def _flops(run: Run) -> int:
