@@ -1,7 +1,6 @@
 """Parameters and the products with them."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -47,22 +46,16 @@ def matmul(x: jax.Array, w: jax.Array, precision: PrecisionConfig, *, num_contra
     """
     rows, out = x.shape[:2], w.shape[num_contracted:]
     x_spec, w_spec = sharding.spec_of(x), sharding.spec_of(w)
-
-    # Keeps x for the gradient, not its merged form beside it: a scan would stack both, one for every product of x.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def product(x: jax.Array, w: jax.Array) -> jax.Array:
-        # Of merged dims only the first may be split.
-        x_MI = sharding.reshape(x, (math.prod(rows), -1), P(x_spec[0], x_spec[2]))
-        w_IO = sharding.reshape(w, (-1, math.prod(out)), P(w_spec[0], w_spec[num_contracted]))
-        y_MO = jnp.matmul(
-            x_MI,
-            w_IO,
-            preferred_element_type=precision.accumulation_dtype,
-            out_sharding=sharding.optional_sharding(P(x_spec[0], w_spec[num_contracted])),
-        ).astype(precision.compute_dtype)
-        return sharding.reshape(y_MO, (*rows, *out), P(*x_spec[:2], *w_spec[num_contracted:]))
-
-    return product(x, w)
+    # Of merged dims only the first may be split.
+    x_MI = sharding.reshape(x, (math.prod(rows), -1), P(x_spec[0], x_spec[2]))
+    w_IO = sharding.reshape(w, (-1, math.prod(out)), P(w_spec[0], w_spec[num_contracted]))
+    y_MO = jnp.matmul(
+        x_MI,
+        w_IO,
+        preferred_element_type=precision.accumulation_dtype,
+        out_sharding=sharding.optional_sharding(P(x_spec[0], w_spec[num_contracted])),
+    ).astype(precision.compute_dtype)
+    return sharding.reshape(y_MO, (*rows, *out), P(*x_spec[:2], *w_spec[num_contracted:]))
 
 
 class Linear(nnx.Module):

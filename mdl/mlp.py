@@ -1,13 +1,11 @@
 """The SwiGLU feed-forward network."""
 
 import dataclasses
-import functools
 
 import jax
 from flax import nnx
 
-from mdl.linear import Init, Linear, matmul
-from mdl.precision import PrecisionConfig
+from mdl.linear import Init, Linear
 
 
 class Mlp(nnx.Module):
@@ -15,19 +13,12 @@ class Mlp(nnx.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, init: Init):
         D, F = hidden_size, intermediate_size
-        self.precision = init.precision
         self.gate_proj = Linear((D,), (F,), ("embed", "mlp"), init=init)
         self.up_proj = Linear((D,), (F,), ("embed", "mlp"), init=init)
         self.down_proj = Linear((F,), (D,), ("mlp", "embed"), init=init)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return _down(self.gate_proj(x_BTD), self.up_proj(x_BTD), self.down_proj.gathered_weight(), self.precision)
-
-
-@functools.partial(jax.checkpoint, static_argnums=3)
-def _down(gate_BTF: jax.Array, up_BTF: jax.Array, w_FD: jax.Array, precision: PrecisionConfig) -> jax.Array:
-    """Gradients make the hidden layer again, in one pass: with its parts it would double what this network keeps."""
-    return matmul(jax.nn.silu(gate_BTF) * up_BTF, w_FD, precision)
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,14 +18,9 @@ class RmsNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = self.precision.compute_dtype
-
-        @jax.checkpoint  # of five arrays as wide as x that gradients read, only x is kept
-        def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
-            wide = x.astype(jnp.promote_types(dtype, jnp.float32))
-            normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-            return normed.astype(dtype) * weight.astype(dtype)
-
-        return norm(x, self.weight[...])
+        wide = x.astype(jnp.promote_types(dtype, jnp.float32))
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return normed.astype(dtype) * self.weight[...].astype(dtype)
 
 
 class LayerNorm(nnx.Module):
