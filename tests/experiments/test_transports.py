@@ -22,6 +22,7 @@ def train(workdir, config, name, *arguments) -> None:
     assert run.main([*command, *(f"--config.model.moe.transport{part}" for part in transport), *arguments]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_devices_is_that_of_one(home, uninterrupted, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(home.cache))
     train(tmp_path / "run", f"{CONFIG}:{home.corpus}", "ragged")
