@@ -9,6 +9,7 @@ from kernels_pallas.grouped_gemm.api import grouped_gemm
 from kernels_pallas.linear_cross_entropy.api import CrossEntropyAux, linear_cross_entropy
 from kernels_pallas.mla_decode import Fp8LatentCache, LatentCache, mla_decode
 from kernels_pallas.select import Unsupported
+from kernels_pallas.sparse_attention.api import sparse_attention
 
 __all__ = [
     "CrossEntropyAux",
@@ -24,4 +25,5 @@ __all__ = [
     "grouped_gemm",
     "linear_cross_entropy",
     "mla_decode",
+    "sparse_attention",
 ]

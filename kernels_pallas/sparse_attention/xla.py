@@ -1,0 +1,164 @@
+"""Attention over selected keys in plain JAX: chunk by chunk of queries their keys are gathered, [chunk, W, K], and multiplied.
+
+The backward pass gathers them again, recomputes the probabilities, and adds the gradients of keys and values where they belong.
+The rows of a batch are taken as one list of M queries over one list of R keys, a key head at a time.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+GATHERED = 1 << 22  # numbers that are gathered at a time
+
+
+def forward(
+    q_BTNK: jax.Array,
+    k_BSZK: jax.Array,
+    v_BSZU: jax.Array | None,
+    index_BTW: jax.Array,
+    *,
+    scale: float,
+    value_width: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The output [B, T, N, U] in q's dtype and the logsumexp [B, T, N]."""
+    index_MW = _in_one_list(index_BTW, k_BSZK.shape[1])
+    dtype = jnp.promote_types(q_BTNK.dtype, jnp.float32)
+
+    def one_head(head: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+        q_MGK, k_RK, v_RU = head
+
+        def one_chunk(queries: tuple[jax.Array, jax.Array], _: tuple) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+            q_mGK, index_mW = queries
+            k_mWK, v_mWU, named_m1W = _gathered(k_RK, v_RU, index_mW)
+            s_mGW = jnp.where(named_m1W, scale * _dot(q_mGK, k_mWK, 2, 2), -jnp.inf)
+            some_m11 = jnp.any(named_m1W, axis=2, keepdims=True)
+            m_mG1 = jnp.where(some_m11, jnp.max(s_mGW, axis=2, keepdims=True), 0)
+            p_mGW = jnp.exp(s_mGW - m_mG1)
+            l_mG1 = jnp.where(some_m11, jnp.sum(p_mGW, axis=2, keepdims=True), 1)
+            o_mGU = _dot(p_mGW.astype(q_mGK.dtype), v_mWU, 2, 1)[..., :value_width]
+            o_mGU = jnp.where(some_m11, o_mGU / l_mG1, 0).astype(q_mGK.dtype)
+            return (o_mGU, jnp.where(some_m11, m_mG1 + jnp.log(l_mG1), -jnp.inf)[..., 0]), ()
+
+        return _over_chunks(one_chunk, (q_MGK, index_MW), (), k_RK.shape[1])[0]
+
+    heads = (_heads_first(q_BTNK, k_BSZK), _keys_first(k_BSZK), _keys_first(v_BSZU))
+    out_ZMGU, lse_ZMG = jax.lax.map(one_head, heads)
+    return _heads_last(out_ZMGU, q_BTNK), _heads_last(lse_ZMG, q_BTNK).astype(dtype)
+
+
+def backward(
+    q_BTNK: jax.Array,
+    k_BSZK: jax.Array,
+    v_BSZU: jax.Array | None,
+    index_BTW: jax.Array,
+    lse_BTN: jax.Array,
+    dout_BTNU: jax.Array,
+    delta_BTN: jax.Array,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Gradients of q, k and v from those of the logits, ds = p (dp - delta)."""
+    index_MW = _in_one_list(index_BTW, k_BSZK.shape[1])
+    dtype = lse_BTN.dtype
+    if v_BSZU is None:  # keys are values, of which the columns behind U have no weight
+        dout_BTNU = jnp.pad(dout_BTNU, [(0, 0)] * 3 + [(0, k_BSZK.shape[3] - dout_BTNU.shape[3])])
+
+    def one_head(head: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+        q_MGK, dout_MGU, lse_MG, delta_MG, k_RK, v_RU = head
+
+        def one_chunk(queries: tuple[jax.Array, ...], sums: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
+            q_mGK, dout_mGU, lse_mG, delta_mG, index_mW = queries
+            k_mWK, v_mWU, named_m1W = _gathered(k_RK, v_RU, index_mW)
+            s_mGW = jnp.where(named_m1W, scale * _dot(q_mGK, k_mWK, 2, 2) - lse_mG[..., None], -jnp.inf)
+            p_mGW = jnp.exp(s_mGW)
+            ds_mGW = jnp.where(named_m1W, p_mGW * (_dot(dout_mGU, v_mWU, 2, 2) - delta_mG[..., None]) * scale, 0)
+            p_mGW, ds_mGW = p_mGW.astype(q_mGK.dtype), ds_mGW.astype(q_mGK.dtype)
+            dq_mGK = jnp.where(jnp.any(named_m1W, axis=2, keepdims=True), _dot(ds_mGW, k_mWK, 2, 1), 0)
+            parts = (_dot(ds_mGW, q_mGK, 1, 1), _dot(p_mGW, dout_mGU, 1, 1))
+            if v_RU is None:
+                parts = (parts[0] + parts[1],)
+            sums = tuple(a.at[index_mW].add(part, mode="drop") for a, part in zip(sums, parts, strict=True))
+            return dq_mGK.astype(q_mGK.dtype), sums
+
+        sums = tuple(_zeros_like(a, dtype) for a in (k_RK, v_RU) if a is not None)
+        queries = (q_MGK, dout_MGU, lse_MG, delta_MG, index_MW)
+        dq_MGK, sums = _over_chunks(one_chunk, queries, sums, k_RK.shape[1])
+        return dq_MGK, *(a.astype(q_BTNK.dtype) for a in sums)
+
+    heads = tuple(_heads_first(a, k_BSZK) for a in (q_BTNK, dout_BTNU, lse_BTN, delta_BTN))
+    dq_ZMGK, *sums = jax.lax.map(one_head, (*heads, _keys_first(k_BSZK), _keys_first(v_BSZU)))
+    dk_BSZK, dv_BSZU, *_ = *(jnp.moveaxis(a, 0, 1).reshape(*k_BSZK.shape[:3], -1) for a in sums), None
+    return _heads_last(dq_ZMGK, q_BTNK), dk_BSZK, dv_BSZU
+
+
+def _in_one_list(index_BTW: jax.Array, num_keys: int) -> jax.Array:
+    """Indices [M, W] into the keys of all rows; what names no key is beyond the last."""
+    batch = index_BTW.shape[0]
+    index_BTW = index_BTW.astype(jnp.int32)
+    first_B11 = num_keys * jnp.arange(batch, dtype=jnp.int32)[:, None, None]
+    named_BTW = (index_BTW >= 0) & (index_BTW < num_keys)
+    return jnp.where(named_BTW, first_B11 + index_BTW, batch * num_keys).reshape(-1, index_BTW.shape[2])
+
+
+def _gathered(k_RK: jax.Array, v_RU: jax.Array | None, index_mW: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys, values, and which of them are named; in place of others one that the query names, so that no NaN comes from them."""
+    named_mW = index_mW < k_RK.shape[0]
+    index_mW = jnp.where(named_mW, index_mW, jnp.min(index_mW, axis=1, keepdims=True))
+    k_mWK = k_RK.at[index_mW].get(mode="clip")
+    return k_mWK, k_mWK if v_RU is None else v_RU.at[index_mW].get(mode="clip"), named_mW[:, None]
+
+
+def _over_chunks(one_chunk: Callable, queries: Any, carry: Any, width: int) -> tuple[Any, Any]:
+    """one_chunk(some of the queries, carry) -> (results, carry) for all; the results of all queries, and the last carry."""
+    num_queries, slots = queries[-1].shape
+    chunk = max(1, GATHERED // (slots * width))
+    if num_queries <= chunk:
+        return one_chunk(queries, carry)
+    chunks = math.ceil(num_queries / chunk)
+    chunk = math.ceil(num_queries / chunks)
+
+    def split(a: jax.Array) -> jax.Array:
+        # A query that pads is the last again, whose results are dropped; it must name no key.
+        return jnp.pad(a, [(0, chunks * chunk - num_queries)] + [(0, 0)] * (a.ndim - 1)).reshape(
+            chunks, chunk, *a.shape[1:]
+        )
+
+    *others, index_MW = queries
+    index_MW = jnp.pad(
+        index_MW, [(0, chunks * chunk - num_queries), (0, 0)], constant_values=jnp.iinfo(index_MW.dtype).max
+    )
+    xs = (*(split(a) for a in others), index_MW.reshape(chunks, chunk, slots))
+    carry, results = jax.lax.scan(lambda carry, x: one_chunk(x, carry)[::-1], carry, xs)
+    return jax.tree.map(lambda a: a.reshape(chunks * chunk, *a.shape[2:])[:num_queries], results), carry
+
+
+def _dot(a_mxy: jax.Array, b_mxy: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    dims = (((a_axis,), (b_axis,)), ((0,), (0,)))
+    return jax.lax.dot_general(a_mxy, b_mxy, dims, preferred_element_type=jnp.promote_types(a_mxy.dtype, jnp.float32))
+
+
+def _zeros_like(a: jax.Array, dtype: Any) -> jax.Array:
+    """Inside shard_map what a loop carries must vary over the axes that its results vary over."""
+    axes = tuple(jax.typeof(a).manual_axis_type.varying)
+    zeros = jnp.zeros(a.shape, dtype)
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+
+def _heads_first(a_BTNK: jax.Array, k_BSZK: jax.Array) -> jax.Array:
+    """[Z, M, G, …] of [B, T, N, …]."""
+    batch, length, heads = a_BTNK.shape[:3]
+    kv_heads = k_BSZK.shape[2]
+    return jnp.moveaxis(a_BTNK.reshape(batch * length, kv_heads, heads // kv_heads, *a_BTNK.shape[3:]), 1, 0)
+
+
+def _keys_first(k_BSZK: jax.Array | None) -> jax.Array | None:
+    """[Z, R, K] of [B, S, Z, K]."""
+    return None if k_BSZK is None else jnp.moveaxis(k_BSZK.reshape(-1, *k_BSZK.shape[2:]), 1, 0)
+
+
+def _heads_last(a_ZMGK: jax.Array, q_BTNK: jax.Array) -> jax.Array:
+    """[B, T, N, …] of [Z, M, G, …]."""
+    return jnp.moveaxis(a_ZMGK, 0, 1).reshape(*q_BTNK.shape[:3], *a_ZMGK.shape[3:])
