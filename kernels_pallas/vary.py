@@ -1,8 +1,9 @@
 """Inside shard_map: the mesh axes that arrays vary over."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 Tree = TypeVar("Tree")
 
@@ -16,3 +17,10 @@ def vary_alike(tree: Tree) -> Tree:
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, tree)
+
+
+def full(shape: tuple[int, ...], value: float, dtype: Any, like: jax.Array) -> jax.Array:
+    """A constant that varies over the axes that `like` varies over, as what a loop carries must if its results do."""
+    axes = tuple(jax.typeof(like).manual_axis_type.varying)
+    constant = jnp.full(shape, value, dtype)
+    return jax.lax.pcast(constant, axes, to="varying") if axes else constant
