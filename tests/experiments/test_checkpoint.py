@@ -157,8 +157,8 @@ def test_another_model_is_refused_by_name(tmp_path, mesh8):
 
 
 def truncate_data(step):
-    biggest = max((path for path in (step / "state").rglob("d/*")), key=lambda path: path.stat().st_size)
-    biggest.write_bytes(biggest.read_bytes()[: biggest.stat().st_size // 2])
+    for path in (step / "state").rglob("d/*"):  # all of them: which arrays share a file differs from run to run
+        path.write_bytes(path.read_bytes()[:100])
 
 
 def flip_a_bit(step):
