@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.flash_attention.mask import Mask
+from kernels_pallas.lightning_indexer.topk import WORD
 
 BLOCK = 256  # queries at a time
 TILE, CPU_TILE = 1 << 26, 1 << 20  # logits at a time over all heads; on CPU they stay in the cache
@@ -42,6 +43,7 @@ class Tiles:
         rows = batch if batch * block <= BLOCK else 1
         tile = CPU_TILE if _platform() == "cpu" else TILE
         chunks = math.ceil(num_keys / max(LEAST_CHUNK, tile // (rows * block * heads)))
+        chunk = WORD * math.ceil(num_keys / chunks / WORD)
         return cls(
             batch=batch,
             num_queries=num_queries,
@@ -49,8 +51,8 @@ class Tiles:
             rows=rows,
             block=block,
             blocks=blocks,
-            chunk=math.ceil(num_keys / chunks),
-            chunks=chunks,
+            chunk=chunk,
+            chunks=math.ceil(num_keys / chunk),
         )
 
     @property
@@ -114,15 +116,12 @@ class TiledMask:
         return cls(tiles=tiles, mask=cut, first_i=first_i, end_i=end_i)
 
     def over_keys(self, step: Any, absorb: Callable, state: Any) -> Any:
-        """absorb(start, visible [b, t, s], state) -> state for all keys that the step's queries see, and some that they do not."""
+        """absorb(start, state) -> state for chunks that hold all keys that the step's queries see."""
+        chunk = self.tiles.chunk
+        return jax.lax.fori_loop(self.first_i[step], self.end_i[step], lambda c, state: absorb(c * chunk, state), state)
 
-        def one_chunk(c: Any, state: Any) -> Any:
-            start = c * self.tiles.chunk
-            return absorb(start, self._visible(step, start), state)
-
-        return jax.lax.fori_loop(self.first_i[step], self.end_i[step], one_chunk, state)
-
-    def _visible(self, step: Any, start: Any) -> jax.Array:
+    def visible(self, step: Any, start: Any) -> jax.Array:
+        """Bool [b, t, s]: which keys of the chunk at `start` are seen."""
         tiles, mask = self.tiles, self.mask
 
         def queries(a_ibt: jax.Array | None) -> jax.Array | None:

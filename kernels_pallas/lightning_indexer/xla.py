@@ -1,11 +1,13 @@
 """The lightning indexer in plain JAX by tiles: memory grows with T and S, never with T·S."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.flash_attention.mask import Mask
+from kernels_pallas.lightning_indexer import topk as choice
 from kernels_pallas.lightning_indexer.tiles import TiledMask, Tiles
 from kernels_pallas.vary import full
 
@@ -14,20 +16,27 @@ def select_keys(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, mask: Mas
     """The chosen keys [B, T, W], ascending, S for what is missing."""
     tiles = Tiles.of(q_BTIJ, k_BSJ, q_BTIJ.shape[2])
     tiled_mask, k_gbSJ = TiledMask.of(tiles, mask), tiles.cut_keys(k_BSJ)
-    dtype = jnp.promote_types(q_BTIJ.dtype, jnp.float32)
 
     def one_block(carry: tuple[()], step: Any, queries: tuple[jax.Array, jax.Array]) -> tuple[tuple[()], jax.Array]:
         q_btIJ, w_btI = queries
 
-        def absorb(start: Any, visible_bts: jax.Array, score_btS: jax.Array) -> jax.Array:
+        def absorb(start: Any, key_btS: jax.Array) -> jax.Array:
             k_bsJ = jax.lax.dynamic_slice_in_dim(k_gbSJ[tiles.group(step)], start, tiles.chunk, 1)
-            score_bts = jnp.where(visible_bts, _scores(_logits(q_btIJ, k_bsJ), w_btI), -jnp.inf)
-            return jax.lax.dynamic_update_slice_in_dim(score_btS, score_bts, start, 2)
+            score_bts = _scores(_logits(q_btIJ, k_bsJ), w_btI)
+            key_bts = jnp.where(tiled_mask.visible(step, start), choice.sortable(score_bts), choice.HIDDEN)
+            return jax.lax.dynamic_update_slice_in_dim(key_btS, key_bts, start, 2)
 
-        none_btS = full((tiles.rows, tiles.block, tiles.padded_keys), -jnp.inf, dtype, q_BTIJ)
-        score_btS = tiled_mask.over_keys(step, absorb, none_btS)
-        best_btW, index_btW = jax.lax.top_k(score_btS, topk)
-        return carry, jnp.sort(jnp.where(best_btW == -jnp.inf, tiles.num_keys, index_btW), axis=-1)
+        none_btS = full((tiles.rows, tiles.block, tiles.padded_keys), choice.HIDDEN, jnp.int32, q_BTIJ)
+        key_RS = tiled_mask.over_keys(step, absorb, none_btS).reshape(-1, tiles.padded_keys)
+
+        def over_pieces(absorb: Callable, state: Any) -> Any:
+            def one_piece(start: Any, state: Any) -> Any:
+                return absorb(jax.lax.dynamic_slice_in_dim(key_RS, start, tiles.chunk, 1), state)
+
+            return tiled_mask.over_keys(step, one_piece, state)
+
+        index_RW = jnp.minimum(choice.largest(key_RS, topk, over_pieces), tiles.num_keys)
+        return carry, index_RW.reshape(tiles.rows, tiles.block, topk)
 
     return tiles.over_queries(one_block, (), (q_BTIJ, w_BTI))[1]
 
@@ -51,8 +60,9 @@ def dense_kl(
     def one_block(carry: tuple[()], step: Any, queries: tuple[jax.Array, ...]) -> tuple[tuple[()], Any]:
         q_btIJ, w_btI, q_btNK, lse_btN = queries
 
-        def absorb(start: Any, visible_bts: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def absorb(start: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             m_bt, l_bt, score_bt, entropy_bt, count_bt = state
+            visible_bts = tiled_mask.visible(step, start)
             k_bsJ, k_bsZK = (
                 jax.lax.dynamic_slice_in_dim(a[tiles.group(step)], start, tiles.chunk, 1) for a in (k_gbSJ, k_gbSZK)
             )
@@ -103,8 +113,9 @@ def dense_kl_gradients(
         q_btIJ, w_btI, q_btNK, lse_btN, index_lse_bt, dkl_bt = queries
         group = tiles.group(step)
 
-        def absorb(start: Any, visible_bts: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def absorb(start: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             a_btIJ, dk_bSJ = state
+            visible_bts = tiled_mask.visible(step, start)
             k_bsJ, k_bsZK = (jax.lax.dynamic_slice_in_dim(a[group], start, tiles.chunk, 1) for a in (k_gbSJ, k_gbSZK))
             logits_btIs = _logits(q_btIJ, k_bsJ)
             p_bts = _attention(q_btNK, k_bsZK, lse_btN, scale)
@@ -219,9 +230,7 @@ def _logits(q_btIJ: jax.Array, k_bsJ: jax.Array) -> jax.Array:
 
 
 def _scores(logits_btIs: jax.Array, w_btI: jax.Array) -> jax.Array:
-    """The sum over heads; never minus zero, which would not equal zero to whoever sorts."""
-    score_bts = jnp.sum(jax.nn.relu(logits_btIs) * w_btI[..., None].astype(logits_btIs.dtype), axis=2)
-    return jnp.where(score_bts == 0, 0, score_bts)
+    return jnp.sum(jax.nn.relu(logits_btIs) * w_btI[..., None].astype(logits_btIs.dtype), axis=2)
 
 
 def _attention(q_btNK: jax.Array, k_bsZK: jax.Array, lse_btN: jax.Array, scale: float) -> jax.Array:
