@@ -4,6 +4,7 @@
     python -m experiments.bench depth --config=configs/tiny.py     compile time of the train step by number of layers
     python -m experiments.bench experts                            expert products as a share of the dense matrix-product rate
     python -m experiments.bench grouped_gemm                       grouped products and their gradients, bfloat16 and FP8
+    python -m experiments.bench moe                                a mixture-of-experts layer; with --config= its train step too
     python -m experiments.bench flash_attention                    attention, forward and backward, beside what JAX has
     python -m experiments.bench decode --config=configs/tiny.py    tokens/s of greedy decoding
     python -m experiments.bench mla_decode                         decoding attention over latents, beside plain products
@@ -13,7 +14,7 @@
 `--out=FILE.json` keeps the result with date, commit and versions; those that time take `--repeats`. No data is read.
 """
 
-from experiments.benches import aot, decode, depth, experts, flash_attention, fp8, grouped_gemm, mla_decode, step
+from experiments.benches import aot, decode, depth, experts, flash_attention, fp8, grouped_gemm, mla_decode, moe, step
 from experiments.cli import did_you_mean, run_main
 from experiments.errors import UserError
 
@@ -22,6 +23,7 @@ BENCHES = {
     "depth": depth.main,
     "experts": experts.main,
     "grouped_gemm": grouped_gemm.main,
+    "moe": moe.main,
     "flash_attention": flash_attention.main,
     "decode": decode.main,
     "mla_decode": mla_decode.main,

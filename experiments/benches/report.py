@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 import statistics
@@ -31,25 +32,33 @@ class BenchFlags(ReportFlags):
             raise UserError(f"--repeats={self.repeats} must be at least 1")
 
 
-def seconds(run: Callable[[], Any], repeats: int, warmups: int = 2) -> list[float]:
-    """Wall time of each repetition, results waited for."""
+def seconds(run: Callable[[], Any], repeats: int, warmups: int = 2, limit: float = math.inf) -> list[float]:
+    """Wall time of each repetition, results waited for; after `limit` seconds of them no further one begins."""
     for _ in range(warmups):
         jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    while len(times) < repeats and sum(times) < limit:
         began = time.perf_counter()
         jax.block_until_ready(run())
         times.append(time.perf_counter() - began)
     return times
 
 
-def interleaved_seconds(runs: dict[str, Callable[[], Any]], repeats: int, warmups: int = 2) -> dict[str, float]:
-    """Median wall time of each, measured in turns, so that noise of the machine meets all of them alike."""
+def interleaved_seconds(
+    runs: dict[str, Callable[[], Any]], repeats: int, warmups: int = 2, limit: float = math.inf
+) -> dict[str, float]:
+    """Median wall time of each, measured in turns, so that noise of the machine meets all of them alike.
+
+    After `limit` seconds no further turn begins.
+    """
     for _ in range(warmups):
         for run in runs.values():
             jax.block_until_ready(run())
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
+    began = time.perf_counter()
+    for turn in range(repeats):
+        if turn and time.perf_counter() - began > limit:
+            break
         for name, run in runs.items():
             times[name] += seconds(run, 1, warmups=0)
     return {name: statistics.median(values) for name, values in times.items()}

@@ -1,5 +1,6 @@
 """The train step of a config on random tokens."""
 
+import math
 import resource
 import statistics
 import time
@@ -27,8 +28,11 @@ def main(argv: list[str]) -> None:
     report("step", flags, measure(config, flags.repeats))
 
 
-def measure(config: ExperimentConfig, repeats: int) -> dict[str, Any]:
-    """tokens_per_second, mfu, step_ms (median and fastest), compile_seconds, peak memory in bytes."""
+def measure(config: ExperimentConfig, repeats: int, limit: float = math.inf) -> dict[str, Any]:
+    """tokens_per_second, mfu, step_ms (median and fastest), compile_seconds, peak memory in bytes.
+
+    After `limit` seconds of steps no further one begins.
+    """
     mesh = config.mesh.build()
     peak = find_peak(list(mesh.devices.flat))
     train = config.train
@@ -47,7 +51,7 @@ def measure(config: ExperimentConfig, repeats: int) -> dict[str, Any]:
             state, metrics = compiled(state, batch, np.float32(0))
             return metrics
 
-        times = seconds(step, repeats)
+        times = seconds(step, repeats, limit=limit)
     tokens, median = train.batch_size * train.seq_len, statistics.median(times)
     memory = mesh.devices.flat[0].memory_stats() or {}
     return {
