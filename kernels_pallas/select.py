@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import jax
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,12 @@ def select(op: str, implementation: str | None, table: Mapping[str, T]) -> T:
     if implementation is None:
         _say(op, name)
     return table[name]
+
+
+def platform() -> str:
+    """What is compiled for, as `jax.default_backend()` spells it: the mesh's devices, which need not be those of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.flash_attention.mask import Mask
+from kernels_pallas.select import platform
 
 BLOCK = 256  # queries at a time
 CHUNKS = (256, 1024)  # least and most keys at a time for a whole block, more for fewer queries
@@ -145,7 +146,7 @@ class _Plan:
         blocks = math.ceil(num_queries / BLOCK)
         block = num_queries if blocks == 1 else _even(num_queries, blocks)
         least, most = (size * max(1, BLOCK // block) for size in CHUNKS)
-        tile = CPU_TILE if _platform() == "cpu" else TILE
+        tile = CPU_TILE if platform() == "cpu" else TILE
         most = min(max(least, tile // (batch * heads * block)), most)
         whole = blocks == 1 and num_keys <= WHOLE * most
         chunks = 1 if whole else math.ceil(num_keys / most)
@@ -273,12 +274,6 @@ def _extremes(ids_BT: jax.Array, size: int, leave_out: int | None = None) -> tup
         return ids_Bis.min(-1), ids_Bis.max(-1)
     limits, counts = jnp.iinfo(ids_BT.dtype), ids_Bis != leave_out
     return jnp.where(counts, ids_Bis, limits.max).min(-1), jnp.where(counts, ids_Bis, limits.min).max(-1)
-
-
-def _platform() -> str:
-    """What is compiled for: the mesh's devices, which need not be those of this process."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _even(length: int, parts: int) -> int:

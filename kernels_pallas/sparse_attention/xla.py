@@ -11,7 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-GATHERED = 1 << 22  # numbers that are gathered at a time
+from kernels_pallas.select import platform
+
+# Numbers that are gathered at a time. On CPU they stay in the cache: one query's, at 512 keys of 576 numbers.
+GATHERED, CPU_GATHERED = 1 << 26, 1 << 19
 
 
 def forward(
@@ -32,15 +35,15 @@ def forward(
 
         def one_chunk(queries: tuple[jax.Array, jax.Array], _: tuple) -> tuple[tuple[jax.Array, jax.Array], tuple]:
             q_mGK, index_mW = queries
-            k_mWK, v_mWU, named_m1W = _gathered(k_RK, v_RU, index_mW)
-            s_mGW = jnp.where(named_m1W, scale * _dot(q_mGK, k_mWK, 2, 2), -jnp.inf)
-            some_m11 = jnp.any(named_m1W, axis=2, keepdims=True)
-            m_mG1 = jnp.where(some_m11, jnp.max(s_mGW, axis=2, keepdims=True), 0)
-            p_mGW = jnp.exp(s_mGW - m_mG1)
-            l_mG1 = jnp.where(some_m11, jnp.sum(p_mGW, axis=2, keepdims=True), 1)
-            o_mGU = _dot(p_mGW.astype(q_mGK.dtype), v_mWU, 2, 1)[..., :value_width]
-            o_mGU = jnp.where(some_m11, o_mGU / l_mG1, 0).astype(q_mGK.dtype)
-            return (o_mGU, jnp.where(some_m11, m_mG1 + jnp.log(l_mG1), -jnp.inf)[..., 0]), ()
+            named_mW1, (k_mWK, v_mWU) = _gathered(index_mW, k_RK, v_RU)
+            some_m11 = jnp.any(named_mW1, axis=1, keepdims=True)
+            s_mWG = jnp.where(named_mW1, scale * _dot(k_mWK, q_mGK, 2, 2), -jnp.inf)
+            m_m1G = jnp.where(some_m11, jnp.max(s_mWG, axis=1, keepdims=True), 0)
+            p_mWG = jnp.exp(s_mWG - m_m1G)
+            l_m1G = jnp.where(some_m11, jnp.sum(p_mWG, axis=1, keepdims=True), 1)
+            o_mGU = _dot(p_mWG.astype(k_RK.dtype), v_mWU, 1, 1)[..., :value_width] / jnp.swapaxes(l_m1G, 1, 2)
+            lse_mG = jnp.where(some_m11, m_m1G + jnp.log(l_m1G), -jnp.inf)[:, 0]
+            return (jnp.where(some_m11, o_mGU, 0).astype(q_mGK.dtype), lse_mG), ()
 
         return _over_chunks(one_chunk, (q_MGK, index_MW), (), k_RK.shape[1])[0]
 
@@ -71,15 +74,20 @@ def backward(
 
         def one_chunk(queries: tuple[jax.Array, ...], sums: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
             q_mGK, dout_mGU, lse_mG, delta_mG, index_mW = queries
-            k_mWK, v_mWU, named_m1W = _gathered(k_RK, v_RU, index_mW)
-            s_mGW = jnp.where(named_m1W, scale * _dot(q_mGK, k_mWK, 2, 2) - lse_mG[..., None], -jnp.inf)
-            p_mGW = jnp.exp(s_mGW)
-            ds_mGW = jnp.where(named_m1W, p_mGW * (_dot(dout_mGU, v_mWU, 2, 2) - delta_mG[..., None]) * scale, 0)
-            p_mGW, ds_mGW = p_mGW.astype(q_mGK.dtype), ds_mGW.astype(q_mGK.dtype)
-            dq_mGK = jnp.where(jnp.any(named_m1W, axis=2, keepdims=True), _dot(ds_mGW, k_mWK, 2, 1), 0)
-            parts = (_dot(ds_mGW, q_mGK, 1, 1), _dot(p_mGW, dout_mGU, 1, 1))
+            named_mW1, (k_mWK, v_mWU) = _gathered(index_mW, k_RK, v_RU)
+            if v_RU is None:  # one product with both
+                both_mXK = jnp.concatenate([q_mGK, dout_mGU], axis=1)
+                s_mWG, dp_mWG = jnp.split(_dot(k_mWK, both_mXK, 2, 2), 2, axis=2)
+            else:
+                s_mWG, dp_mWG = _dot(k_mWK, q_mGK, 2, 2), _dot(v_mWU, dout_mGU, 2, 2)
+            p_mWG = jnp.where(named_mW1, jnp.exp(scale * s_mWG - lse_mG[:, None]), 0)
+            ds_mWG = jnp.where(named_mW1, p_mWG * (dp_mWG - delta_mG[:, None]) * scale, 0)
+            p_mWG, ds_mWG = p_mWG.astype(k_RK.dtype), ds_mWG.astype(k_RK.dtype)
+            dq_mGK = jnp.where(jnp.any(named_mW1, axis=1, keepdims=True), _dot(ds_mWG, k_mWK, 1, 1), 0)
             if v_RU is None:
-                parts = (parts[0] + parts[1],)
+                parts = (_dot(jnp.concatenate([ds_mWG, p_mWG], axis=2), both_mXK, 2, 1),)
+            else:
+                parts = (_dot(ds_mWG, q_mGK, 2, 1), _dot(p_mWG, dout_mGU, 2, 1))
             sums = tuple(a.at[index_mW].add(part, mode="drop") for a, part in zip(sums, parts, strict=True))
             return dq_mGK.astype(q_mGK.dtype), sums
 
@@ -103,18 +111,18 @@ def _in_one_list(index_BTW: jax.Array, num_keys: int) -> jax.Array:
     return jnp.where(named_BTW, first_B11 + index_BTW, batch * num_keys).reshape(-1, index_BTW.shape[2])
 
 
-def _gathered(k_RK: jax.Array, v_RU: jax.Array | None, index_mW: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys, values, and which of them are named; in place of others one that the query names, so that no NaN comes from them."""
+def _gathered(index_mW: jax.Array, k_RK: jax.Array, v_RU: jax.Array | None) -> tuple[jax.Array, list[jax.Array]]:
+    """Which slots name a key, [m, W, 1]; keys and values, in other slots one that the query names, so that no NaN is read."""
     named_mW = index_mW < k_RK.shape[0]
     index_mW = jnp.where(named_mW, index_mW, jnp.min(index_mW, axis=1, keepdims=True))
     k_mWK = k_RK.at[index_mW].get(mode="clip")
-    return k_mWK, k_mWK if v_RU is None else v_RU.at[index_mW].get(mode="clip"), named_mW[:, None]
+    return named_mW[..., None], [k_mWK, k_mWK if v_RU is None else v_RU.at[index_mW].get(mode="clip")]
 
 
 def _over_chunks(one_chunk: Callable, queries: Any, carry: Any, width: int) -> tuple[Any, Any]:
     """one_chunk(some of the queries, carry) -> (results, carry) for all; the results of all queries, and the last carry."""
     num_queries, slots = queries[-1].shape
-    chunk = max(1, GATHERED // (slots * width))
+    chunk = max(1, (CPU_GATHERED if platform() == "cpu" else GATHERED) // (slots * width))
     if num_queries <= chunk:
         return one_chunk(queries, carry)
     chunks = math.ceil(num_queries / chunk)

@@ -131,7 +131,7 @@ def plain(case: Case) -> list[np.ndarray]:
 def tiles(case: Case):
     """Chunks of a few queries that do not divide their number, or all at once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(xla, "GATHERED", 4 * case.slots * case.dims[0] if case.tiled else 1 << 30)
+        patch.setattr(xla, "CPU_GATHERED", 4 * case.slots * case.dims[0] if case.tiled else 1 << 30)
         yield
 
 

@@ -14,7 +14,7 @@ from kernels_pallas.sparse_attention import xla
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(xla, "GATHERED", 100)
+    monkeypatch.setattr(xla, "CPU_GATHERED", 100)
 
 
 def draw(*shape, seed=0):
@@ -117,7 +117,7 @@ def test_memory_grows_with_the_length_not_its_square():
 
     # The growth is that of copies of the arguments; what is gathered at a time stays. All of it would be 64 x 32 floats a token.
     assert temporary(32768) - temporary(16384) < 10 * 4 * (4 * 32 + 32 + 64) * 16384
-    assert temporary(16384) < 10 * 4 * (4 * 32 + 32 + 64) * 16384 + 16 * xla.GATHERED
+    assert temporary(16384) < 10 * 4 * (4 * 32 + 32 + 64) * 16384 + 16 * xla.CPU_GATHERED
 
 
 def test_neither_scores_nor_gathered_keys_of_all_queries_are_traced():
