@@ -35,8 +35,8 @@ def fp8_grouped_gemm(
     """Rows sorted by group times their group's matrix: y_MF[m] = x_MD[m] @ w_EFD[group of m]^T.
 
     x in tiles of 1x128 (`quantize_activations`); w in blocks of 128x128 (`quantize_weights`), outputs first as in checkpoints.
-    Sums over 128 terms are scaled and added up in float32 (DeepSeek-V3, section 3.3.2), or on TPU and in XLA, values rounded to
-    `dtype` multiplied: the same where scales are powers of two. Groups are as in `grouped_gemm`. Not differentiable.
+    Sums over 128 terms are scaled and added up in float32 (DeepSeek-V3, section 3.3.2), or, in XLA and for many rows on TPU, values
+    rounded to `dtype` multiplied: the same where scales are powers of two. Groups are as in `grouped_gemm`. Not differentiable.
 
     Raises ValueError on what does not fit, Unsupported on an implementation that cannot do the call, and TypeError when
     differentiated.

@@ -18,4 +18,5 @@ SHAPES: dict[str, Shape] = {
     "v3 down, 4096 rows": _dense(4096, 7168, 2048),
     **{name: shape for name, shape in grouped.SHAPES.items() if name.startswith("v3")},
     "edges": Shape(groups=3, rows=1000, inner=448, outer=576),  # no multiple of a tile, or of a block
+    "edges, few rows": Shape(groups=3, rows=45, inner=2112, outer=576),
 }

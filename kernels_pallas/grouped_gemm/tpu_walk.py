@@ -105,8 +105,12 @@ def rows_times_matrices(
     steps: int,
     dtype: Any,
     name: str,
+    turned: bool = False,
 ) -> jax.Array:
-    """Rows of `shape` that are sums over `steps` of float32 tiles `product(step, *refs)`; zeros beyond the last group."""
+    """Rows of `shape` that are sums over `steps` of float32 tiles `product(step, *refs)`; zeros beyond the last group.
+
+    turned: tiles are [columns, rows], and turned back when they are stored.
+    """
     visits = Visits.of(sizes_E, shape[0], tile[0], every_group=False)
     groups = sizes_E.shape[0]
 
@@ -116,6 +120,8 @@ def rows_times_matrices(
         here = Here.of(pl.program_id(1), group_V, tile_V, starts_E, tile[0])
 
         def store(y: jax.Array) -> None:
+            y = y.T if turned else y
+
             @pl.when(here.whole)
             def _():
                 y_ref[...] = y.astype(y_ref.dtype)
@@ -139,7 +145,7 @@ def rows_times_matrices(
 
             @pl.when(step == 0)
             def _():
-                sums_ref[...] = jnp.zeros(tile, jnp.float32)
+                sums_ref[...] = jnp.zeros(sums_ref.shape, jnp.float32)
 
             sums_ref[...] += product(step, *refs)  # in one place: its code is long
             pl.when(step == steps - 1)(lambda: store(sums_ref[...]))
@@ -161,7 +167,7 @@ def rows_times_matrices(
         in_specs=[pl.BlockSpec(o.block, index_map(o), memory_space=o.memory_space) for o in operands],
         out_specs=pl.BlockSpec(tile, lambda j, v, k, group_V, tile_V, _: (tile_V[v], j)),
         out_shape=result(shape, dtype, operands[0].array),
-        scratch_shapes=[pltpu.VMEM(tile, jnp.float32)] * (steps > 1),
+        scratch_shapes=[pltpu.VMEM(tile[::-1] if turned else tile, jnp.float32)] * (steps > 1),
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
         inner=operands[0].array.shape[1],
         name=name,
