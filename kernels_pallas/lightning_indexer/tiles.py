@@ -10,9 +10,11 @@ import jax.numpy as jnp
 
 from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.lightning_indexer.topk import WORD
+from kernels_pallas.select import platform
 
-BLOCK = 256  # queries at a time
-TILE, CPU_TILE = 1 << 26, 1 << 20  # logits at a time over all heads; on CPU they stay in the cache
+BLOCK, CPU_BLOCK = 256, 64  # most queries at a time; on CPU less, but not less than the second,
+CPU_SCORES = 1 << 21  # so that their scores are no more than this, and stay in the cache
+TILE, CPU_TILE = 1 << 26, 1 << 20  # logits at a time over all heads
 LEAST_CHUNK = 128  # keys at a time, if there are so many
 
 
@@ -37,13 +39,14 @@ class Tiles:
     @classmethod
     def of(cls, q_BT: jax.Array, k_BS: jax.Array, heads: int) -> "Tiles":
         """For queries [B, T, …] and keys [B, S, …]; `heads`: the most of them whose logits are held together."""
-        batch, num_queries, num_keys = q_BT.shape[0], q_BT.shape[1], k_BS.shape[1]
-        blocks = math.ceil(num_queries / BLOCK)
+        batch, num_queries, num_keys, cpu = q_BT.shape[0], q_BT.shape[1], k_BS.shape[1], platform() == "cpu"
+        most = max(CPU_BLOCK, min(BLOCK, CPU_SCORES // num_keys)) if cpu else BLOCK
+        blocks = math.ceil(num_queries / most)
         block = math.ceil(num_queries / blocks)
-        rows = batch if batch * block <= BLOCK else 1
-        tile = CPU_TILE if _platform() == "cpu" else TILE
-        chunks = math.ceil(num_keys / max(LEAST_CHUNK, tile // (rows * block * heads)))
+        rows = batch if batch * block <= most else 1
+        chunks = math.ceil(num_keys / max(LEAST_CHUNK, (CPU_TILE if cpu else TILE) // (rows * block * heads)))
         chunk = WORD * math.ceil(num_keys / chunks / WORD)
+        chunks = math.ceil(num_keys / chunk)
         return cls(
             batch=batch,
             num_queries=num_queries,
@@ -52,7 +55,7 @@ class Tiles:
             block=block,
             blocks=blocks,
             chunk=chunk,
-            chunks=math.ceil(num_keys / chunk),
+            chunks=chunks,
         )
 
     @property
@@ -181,12 +184,6 @@ def _extremes(ids: jax.Array, leave_out: int | None) -> jax.Array:
         )
     )
     return jnp.stack([least.min(-1), greatest.max(-1)], axis=-1)
-
-
-def _platform() -> str:
-    """What is compiled for: the mesh's devices, which need not be those of this process."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _maybe(fn: Callable[..., jax.Array], a: jax.Array | None, **options: Any) -> jax.Array | None:

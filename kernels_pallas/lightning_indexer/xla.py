@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.lightning_indexer import topk as choice
+from kernels_pallas.lightning_indexer.gathers import over_queries
 from kernels_pallas.lightning_indexer.tiles import TiledMask, Tiles
 from kernels_pallas.vary import full
 
@@ -55,7 +56,7 @@ def dense_kl(
     """KL to the indexer's softmax and to uniform over the visible keys, and the logsumexp of the index scores, all [B, T]."""
     tiles = Tiles.of(q_BTIJ, k_BSJ, max(q_BTIJ.shape[2], q_BTNK.shape[2]))
     tiled_mask, k_gbSJ, k_gbSZK = TiledMask.of(tiles, mask), tiles.cut_keys(k_BSJ), tiles.cut_keys(k_BSZK)
-    dtype = jnp.promote_types(q_BTIJ.dtype, jnp.float32)
+    dtype = _wide(q_BTIJ)
 
     def one_block(carry: tuple[()], step: Any, queries: tuple[jax.Array, ...]) -> tuple[tuple[()], Any]:
         q_btIJ, w_btI, q_btNK, lse_btN = queries
@@ -107,7 +108,7 @@ def dense_kl_gradients(
     """Gradients of q, w and k of the indexer, those of its scores being softmax - p."""
     tiles = Tiles.of(q_BTIJ, k_BSJ, max(q_BTIJ.shape[2], q_BTNK.shape[2]))
     tiled_mask, k_gbSJ, k_gbSZK = TiledMask.of(tiles, mask), tiles.cut_keys(k_BSJ), tiles.cut_keys(k_BSZK)
-    dtype = jnp.promote_types(q_BTIJ.dtype, jnp.float32)
+    dtype = _wide(q_BTIJ)
 
     def one_block(dk_gbSJ: jax.Array, step: Any, queries: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
         q_btIJ, w_btI, q_btNK, lse_btN, index_lse_bt, dkl_bt = queries
@@ -149,27 +150,24 @@ def selected_kl(
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """KL to the indexer's softmax and to uniform over the selected keys, [B, T], and the gradient of the scores [B, T, W]."""
-    tiles = Tiles.of(q_BTIJ, k_BSJ, q_BTIJ.shape[2])
-    k_gbSJ, k_gbSZK = tiles.cut_keys(k_BSJ), tiles.cut_keys(k_BSZK)
 
-    def one_block(carry: tuple[()], step: Any, queries: tuple[jax.Array, ...]) -> tuple[tuple[()], Any]:
-        q_btIJ, w_btI, q_btNK, lse_btN, index_btW = queries
-        group, there_btW = tiles.group(step), _there(index_btW, tiles.num_keys)
-        k_btWJ, k_btWZK = (_gather(a[group], index_btW) for a in (k_gbSJ, k_gbSZK))
-        score_btW = _scores(_einsum("btIJ,btWJ->btIW", q_btIJ, k_btWJ), w_btI)
-        score_btW = jnp.where(there_btW, score_btW, -jnp.inf)
-        p_btW = jnp.where(there_btW, _selected_attention(q_btNK, k_btWZK, lse_btN, scale), 0)
-        some_bt = there_btW.any(-1)
-        m_bt = jnp.where(some_bt, jnp.max(score_btW, axis=-1), 0)
-        e_btW = jnp.exp(score_btW - m_bt[..., None])
-        l_bt = jnp.where(some_bt, jnp.sum(e_btW, axis=-1), 1)
-        entropy_bt = jnp.sum(_p_log_p(p_btW), axis=-1)
-        kl_bt = entropy_bt - jnp.sum(jnp.where(there_btW, p_btW * score_btW, 0), axis=-1) + m_bt + jnp.log(l_bt)
-        uniform_bt = entropy_bt + jnp.log(jnp.maximum(jnp.sum(there_btW, axis=-1), 1))
-        dscore_btW = (e_btW / l_bt[..., None] - p_btW).astype(q_btIJ.dtype)
-        return carry, (kl_bt, uniform_bt, dscore_btW)
+    def some_queries(
+        queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...], carry: tuple[()]
+    ) -> tuple[Any, tuple[()]]:
+        q_mIJ, w_mI, q_mNK, lse_mN, index_mW = queries
+        there_mW, (k_mWJ, k_mWZK) = _gathered(index_mW, *keys)
+        score_mW = jnp.where(there_mW, _selected_scores(_einsum("mWJ,mIJ->mWI", k_mWJ, q_mIJ), w_mI), -jnp.inf)
+        p_mW = jnp.where(there_mW, _selected_attention(q_mNK, k_mWZK, lse_mN, scale), 0)
+        some_m = there_mW.any(-1)
+        max_m = jnp.where(some_m, jnp.max(score_mW, axis=-1), 0)
+        e_mW = jnp.exp(score_mW - max_m[:, None])
+        sum_m = jnp.where(some_m, jnp.sum(e_mW, axis=-1), 1)
+        entropy_m = jnp.sum(_p_log_p(p_mW), axis=-1)
+        kl_m = entropy_m - jnp.sum(jnp.where(there_mW, p_mW * score_mW, 0), axis=-1) + max_m + jnp.log(sum_m)
+        uniform_m = entropy_m + jnp.log(jnp.maximum(jnp.sum(there_mW, axis=-1), 1))
+        return (kl_m, uniform_m, (e_mW / sum_m[:, None] - p_mW).astype(q_mIJ.dtype)), carry
 
-    return tiles.over_queries(one_block, (), (q_BTIJ, w_BTI, q_BTNK, lse_BTN, index_BTW))[1]
+    return over_queries(some_queries, (q_BTIJ, w_BTI, q_BTNK, lse_BTN, index_BTW), (k_BSJ, k_BSZK), ())[0]
 
 
 def selected_kl_gradients(
@@ -181,48 +179,68 @@ def selected_kl_gradients(
     dkl_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, w and k of the indexer from those of its scores."""
-    tiles = Tiles.of(q_BTIJ, k_BSJ, q_BTIJ.shape[2])
-    k_gbSJ = tiles.cut_keys(k_BSJ)
-    dtype = jnp.promote_types(q_BTIJ.dtype, jnp.float32)
 
-    def one_block(dk_gbSJ: jax.Array, step: Any, queries: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
-        q_btIJ, w_btI, index_btW, dscore_btW, dkl_bt = queries
-        group = tiles.group(step)
-        k_btWJ = _gather(k_gbSJ[group], index_btW)
-        logits_btIW = _einsum("btIJ,btWJ->btIW", q_btIJ, k_btWJ)
-        dscore_btW = dscore_btW * dkl_bt[..., None]
-        h_btIW = jnp.where(logits_btIW > 0, dscore_btW[:, :, None], 0).astype(k_btWJ.dtype)
-        dk_btWJ = _einsum("btIW,btIJ->btWJ", h_btIW, (w_btI[..., None] * q_btIJ).astype(q_btIJ.dtype))
-        rows_b = jnp.arange(tiles.rows, dtype=jnp.int32)[:, None, None]
-        dk_bSJ = dk_gbSJ[group].at[rows_b, index_btW].add(dk_btWJ, mode="drop")
-        a_btIJ = _einsum("btIW,btWJ->btIJ", h_btIW, k_btWJ)
-        return dk_gbSJ.at[group].set(dk_bSJ), _query_gradients(a_btIJ, q_btIJ, w_btI)
+    def some_queries(
+        queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...], dk_RJ: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        q_mIJ, w_mI, dscore_mW, dkl_m, index_mW = queries
+        there_mW, (k_mWJ,) = _gathered(index_mW, *keys)
+        dscore_mW = jnp.where(there_mW, dscore_mW * dkl_m[:, None], 0)
+        h_mWI = jnp.where(_einsum("mWJ,mIJ->mWI", k_mWJ, q_mIJ) > 0, dscore_mW[..., None], 0).astype(k_mWJ.dtype)
+        dk_mWJ = _einsum("mWI,mIJ->mWJ", h_mWI, (w_mI[..., None] * q_mIJ).astype(q_mIJ.dtype))
+        dk_RJ = dk_RJ.at[index_mW].add(dk_mWJ, mode="drop")
+        return _query_gradients(_einsum("mWI,mWJ->mIJ", h_mWI, k_mWJ), q_mIJ, w_mI), dk_RJ
 
-    dk_gbSJ = full(k_gbSJ.shape, 0, dtype, q_BTIJ)
-    queries = (q_BTIJ, w_BTI, index_BTW, dscore_BTW, dkl_BT)
-    dk_gbSJ, (dq_BTIJ, dw_BTI) = tiles.over_queries(one_block, dk_gbSJ, queries)
-    return dq_BTIJ, dw_BTI, tiles.join_keys(dk_gbSJ).astype(k_BSJ.dtype)
+    dk_RJ = full((k_BSJ.shape[0] * k_BSJ.shape[1], k_BSJ.shape[2]), 0, _wide(k_BSJ), k_BSJ)
+    queries = (q_BTIJ, w_BTI, dscore_BTW, dkl_BT, index_BTW)
+    (dq_BTIJ, dw_BTI), dk_RJ = over_queries(some_queries, queries, (k_BSJ,), dk_RJ)
+    return dq_BTIJ, dw_BTI, dk_RJ.reshape(k_BSJ.shape).astype(k_BSJ.dtype)
 
 
 def recall(
     q_BTNK: jax.Array, k_BSZK: jax.Array, lse_BTN: jax.Array, index_BTW: jax.Array, *, scale: float
 ) -> jax.Array:
     """Attention that the selected keys hold, [B, T]."""
-    tiles = Tiles.of(q_BTNK, k_BSZK, q_BTNK.shape[2])
-    k_gbSZK = tiles.cut_keys(k_BSZK)
 
-    def one_block(carry: tuple[()], step: Any, queries: tuple[jax.Array, ...]) -> tuple[tuple[()], jax.Array]:
-        q_btNK, lse_btN, index_btW = queries
-        k_btWZK = _gather(k_gbSZK[tiles.group(step)], index_btW)
-        p_btW = _selected_attention(q_btNK, k_btWZK, lse_btN, scale)
-        return carry, jnp.sum(jnp.where(_there(index_btW, tiles.num_keys), p_btW, 0), axis=-1)
+    def some_queries(
+        queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...], carry: tuple[()]
+    ) -> tuple[Any, tuple[()]]:
+        q_mNK, lse_mN, index_mW = queries
+        there_mW, (k_mWZK,) = _gathered(index_mW, *keys)
+        p_mW = _selected_attention(q_mNK, k_mWZK, lse_mN, scale)
+        return jnp.sum(jnp.where(there_mW, p_mW, 0), axis=-1), carry
 
-    return tiles.over_queries(one_block, (), (q_BTNK, lse_BTN, index_BTW))[1]
+    return over_queries(some_queries, (q_BTNK, lse_BTN, index_BTW), (k_BSZK,), ())[0]
+
+
+def _gathered(index_mW: jax.Array, *keys: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    """Which slots name a key; the keys, in other slots one that the query names, so that nothing else is read."""
+    there_mW = index_mW < keys[0].shape[0]
+    index_mW = jnp.where(there_mW, index_mW, jnp.min(index_mW, axis=1, keepdims=True))
+    return there_mW, [k_R.at[index_mW].get(mode="clip") for k_R in keys]
+
+
+def _selected_scores(logits_mWI: jax.Array, w_mI: jax.Array) -> jax.Array:
+    return jnp.sum(
+        jax.nn.relu(jax.lax.optimization_barrier(logits_mWI)) * w_mI[:, None].astype(logits_mWI.dtype), axis=2
+    )
+
+
+def _selected_attention(q_mNK: jax.Array, k_mWZK: jax.Array, lse_mN: jax.Array, scale: float) -> jax.Array:
+    """The mean over heads of the attention's probabilities, [m, W]."""
+    q_mZGK = q_mNK.reshape(q_mNK.shape[0], k_mWZK.shape[2], -1, q_mNK.shape[2])
+    s_mWN = _einsum("mWZK,mZGK->mWZG", k_mWZK, q_mZGK).reshape(*k_mWZK.shape[:2], -1)
+    none_m1N = lse_mN[:, None] == -jnp.inf
+    return jnp.mean(jnp.where(none_m1N, 0, jnp.exp(s_mWN * scale - jnp.where(none_m1N, 0, lse_mN[:, None]))), axis=2)
+
+
+def _wide(a: jax.Array) -> jnp.dtype:
+    """The dtype of accumulation."""
+    return jnp.promote_types(a.dtype, jnp.float32)
 
 
 def _einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(operands[0].dtype, jnp.float32)
-    return jnp.einsum(subscripts, *operands, preferred_element_type=dtype)
+    return jnp.einsum(subscripts, *operands, preferred_element_type=_wide(operands[0]))
 
 
 def _logits(q_btIJ: jax.Array, k_bsJ: jax.Array) -> jax.Array:
@@ -230,6 +248,8 @@ def _logits(q_btIJ: jax.Array, k_bsJ: jax.Array) -> jax.Array:
 
 
 def _scores(logits_btIs: jax.Array, w_btI: jax.Array) -> jax.Array:
+    # Without the barrier XLA:CPU makes one kernel of the product and the sum, which takes five times as long as the two.
+    logits_btIs = jax.lax.optimization_barrier(logits_btIs)
     return jnp.sum(jax.nn.relu(logits_btIs) * w_btI[..., None].astype(logits_btIs.dtype), axis=2)
 
 
@@ -237,12 +257,6 @@ def _attention(q_btNK: jax.Array, k_bsZK: jax.Array, lse_btN: jax.Array, scale: 
     """The mean over heads of the attention's probabilities, [b, t, s]."""
     q_btZGK = q_btNK.reshape(*q_btNK.shape[:2], k_bsZK.shape[2], -1, q_btNK.shape[3])
     return _mean_probability(_einsum("btZGK,bsZK->btZGs", q_btZGK, k_bsZK), lse_btN, scale)
-
-
-def _selected_attention(q_btNK: jax.Array, k_btWZK: jax.Array, lse_btN: jax.Array, scale: float) -> jax.Array:
-    """The same for keys of each query's own, [b, t, W]."""
-    q_btZGK = q_btNK.reshape(*q_btNK.shape[:2], k_btWZK.shape[3], -1, q_btNK.shape[3])
-    return _mean_probability(_einsum("btZGK,btWZK->btZGW", q_btZGK, k_btWZK), lse_btN, scale)
 
 
 def _mean_probability(s_btZGs: jax.Array, lse_btN: jax.Array, scale: float) -> jax.Array:
@@ -261,13 +275,3 @@ def _query_gradients(a_btIJ: jax.Array, q_btIJ: jax.Array, w_btI: jax.Array) -> 
     """Gradients of q and w; a is the sum over keys, where the logit is positive, of the score's gradient times the key."""
     dq_btIJ = (w_btI[..., None] * a_btIJ).astype(q_btIJ.dtype)
     return dq_btIJ, jnp.sum(q_btIJ * a_btIJ, axis=-1).astype(w_btI.dtype)
-
-
-def _there(index_btW: jax.Array, num_keys: int) -> jax.Array:
-    return (index_btW >= 0) & (index_btW < num_keys)
-
-
-def _gather(k_bS: jax.Array, index_btW: jax.Array) -> jax.Array:
-    """Keys [b, t, W, …]; some key or other where the index names none."""
-    rows_b = jnp.arange(k_bS.shape[0], dtype=index_btW.dtype)[:, None, None]
-    return k_bS.at[rows_b, index_btW].get(mode="clip")
