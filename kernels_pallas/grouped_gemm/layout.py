@@ -16,7 +16,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-BLOCK = 64  # rows at a time in the overflow: with 128, an expert that is a little above the mean computes mostly padding
+BLOCK = 64  # rows at a time in the overflow: of 128, an expert just above the mean would leave most empty
 
 Carry = TypeVar("Carry")
 
