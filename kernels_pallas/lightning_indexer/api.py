@@ -35,6 +35,7 @@ def select_keys(
     *,
     mask: Mask,
     topk: int,
+    k_scale_BS: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """The `topk` visible keys of each query with the highest index scores. Returns index_BTW int32, W = topk.
@@ -44,6 +45,8 @@ def select_keys(
     Exact: of equal scores the earlier keys win, and a hidden key or a score of -inf is never selected. Each query's keys ascend;
     where it sees fewer than topk, S stands behind them, which names no key. No gradient. Memory grows with T, S and T·W.
 
+    k_scale_BS: factors above zero by which a key's scores are multiplied after the sum over heads; `to_fp8` gives those of FP8.
+
     Raises ValueError on what does not fit together, topk > S among it, and Unsupported on an implementation that is not there.
     """
     _check_indexer("select_keys", q_BTIJ, w_BTI, k_BSJ)
@@ -52,8 +55,10 @@ def select_keys(
         raise ValueError(
             f"select_keys: topk={topk} must be at least 1 and at most the number of keys, {k_BSJ.shape[1]}"
         )
+    if k_scale_BS is not None and k_scale_BS.shape != k_BSJ.shape[:2]:
+        raise ValueError(f"select_keys: k_scale must be {list(k_BSJ.shape[:2])}, got {list(k_scale_BS.shape)}")
     back_end = select("select_keys", implementation, BACK_ENDS)
-    args = vary_alike(jax.lax.stop_gradient((q_BTIJ, w_BTI, k_BSJ, mask)))
+    args = vary_alike(jax.lax.stop_gradient((q_BTIJ, w_BTI, k_BSJ, k_scale_BS, mask)))
     return back_end.select_keys(*args, topk=topk)
 
 

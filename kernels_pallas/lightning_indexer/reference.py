@@ -8,16 +8,19 @@ from kernels_pallas.flash_attention.mask import Mask
 
 def scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array) -> jax.Array:
     """I [B, T, S] of all keys, visible or not."""
-    dtype = jnp.promote_types(q_BTIJ.dtype, jnp.float32)
+    dtype = jnp.float64 if q_BTIJ.dtype == jnp.float64 else jnp.float32
     logits_BTIS = jnp.einsum("BTIJ,BSJ->BTIS", q_BTIJ.astype(dtype), k_BSJ.astype(dtype))
     return jnp.einsum("BTI,BTIS->BTS", w_BTI.astype(dtype), jax.nn.relu(logits_BTIS))
 
 
-def select_keys(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, mask: Mask, *, topk: int) -> jax.Array:
+def select_keys(
+    q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, k_scale_BS: jax.Array | None, mask: Mask, *, topk: int
+) -> jax.Array:
     """The chosen keys [B, T, W], ascending, S for what is missing."""
     num_keys = k_BSJ.shape[1]
     visible_BTS = mask.array(q_BTIJ.shape[0], q_BTIJ.shape[1], num_keys)
-    score_BTS = jnp.where(visible_BTS, scores(q_BTIJ, w_BTI, k_BSJ), -jnp.inf)
+    score_BTS = scores(q_BTIJ, w_BTI, k_BSJ) * (1 if k_scale_BS is None else k_scale_BS[:, None])
+    score_BTS = jnp.where(visible_BTS, score_BTS, -jnp.inf)
     best_BTW = jnp.argsort(-score_BTS, axis=-1, stable=True)[..., :topk]
     none_BTW = jnp.take_along_axis(score_BTS, best_BTW, axis=-1) == -jnp.inf
     return jnp.sort(jnp.where(none_BTW, num_keys, best_BTW), axis=-1).astype(jnp.int32)

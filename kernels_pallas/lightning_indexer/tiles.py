@@ -76,6 +76,10 @@ class Tiles:
     def join_keys(self, a_gbS: jax.Array) -> jax.Array:
         return a_gbS.reshape(self.batch, -1, *a_gbS.shape[3:])[:, : self.num_keys]
 
+    def keys_at(self, keys: Any, step: Any, start: Any) -> Any:
+        """The chunk at `start` of all that was cut by `cut_keys`, [b, s, …], for the rows of a step."""
+        return jax.tree.map(lambda a: _slice(a[self.group(step)], start, self.chunk, axis=1), keys)
+
     def group(self, step: Any) -> Any:
         """Which group of rows a step belongs to."""
         return step // self.blocks

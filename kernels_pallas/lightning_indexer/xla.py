@@ -13,17 +13,21 @@ from kernels_pallas.lightning_indexer.tiles import TiledMask, Tiles
 from kernels_pallas.vary import full
 
 
-def select_keys(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, mask: Mask, *, topk: int) -> jax.Array:
+def select_keys(
+    q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, k_scale_BS: jax.Array | None, mask: Mask, *, topk: int
+) -> jax.Array:
     """The chosen keys [B, T, W], ascending, S for what is missing."""
     tiles = Tiles.of(q_BTIJ, k_BSJ, q_BTIJ.shape[2])
-    tiled_mask, k_gbSJ = TiledMask.of(tiles, mask), tiles.cut_keys(k_BSJ)
+    tiled_mask, keys = TiledMask.of(tiles, mask), jax.tree.map(tiles.cut_keys, (k_BSJ, k_scale_BS))
 
     def one_block(carry: tuple[()], step: Any, queries: tuple[jax.Array, jax.Array]) -> tuple[tuple[()], jax.Array]:
         q_btIJ, w_btI = queries
 
         def absorb(start: Any, key_btS: jax.Array) -> jax.Array:
-            k_bsJ = jax.lax.dynamic_slice_in_dim(k_gbSJ[tiles.group(step)], start, tiles.chunk, 1)
+            k_bsJ, k_scale_bs = tiles.keys_at(keys, step, start)
             score_bts = _scores(_logits(q_btIJ, k_bsJ), w_btI)
+            if k_scale_bs is not None:
+                score_bts *= k_scale_bs[:, None]
             key_bts = jnp.where(tiled_mask.visible(step, start), choice.sortable(score_bts), choice.HIDDEN)
             return jax.lax.dynamic_update_slice_in_dim(key_btS, key_bts, start, 2)
 
@@ -55,7 +59,7 @@ def dense_kl(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """KL to the indexer's softmax and to uniform over the visible keys, and the logsumexp of the index scores, all [B, T]."""
     tiles = Tiles.of(q_BTIJ, k_BSJ, max(q_BTIJ.shape[2], q_BTNK.shape[2]))
-    tiled_mask, k_gbSJ, k_gbSZK = TiledMask.of(tiles, mask), tiles.cut_keys(k_BSJ), tiles.cut_keys(k_BSZK)
+    tiled_mask, keys = TiledMask.of(tiles, mask), jax.tree.map(tiles.cut_keys, (k_BSJ, k_BSZK))
     dtype = _wide(q_BTIJ)
 
     def one_block(carry: tuple[()], step: Any, queries: tuple[jax.Array, ...]) -> tuple[tuple[()], Any]:
@@ -64,9 +68,7 @@ def dense_kl(
         def absorb(start: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             m_bt, l_bt, score_bt, entropy_bt, count_bt = state
             visible_bts = tiled_mask.visible(step, start)
-            k_bsJ, k_bsZK = (
-                jax.lax.dynamic_slice_in_dim(a[tiles.group(step)], start, tiles.chunk, 1) for a in (k_gbSJ, k_gbSZK)
-            )
+            k_bsJ, k_bsZK = tiles.keys_at(keys, step, start)
             score_bts = _scores(_logits(q_btIJ, k_bsJ), w_btI)
             p_bts = jnp.where(visible_bts, _attention(q_btNK, k_bsZK, lse_btN, scale), 0)
             new_m_bt = jnp.maximum(m_bt, jnp.max(jnp.where(visible_bts, score_bts, -jnp.inf), axis=-1))
@@ -107,7 +109,7 @@ def dense_kl_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, w and k of the indexer, those of its scores being softmax - p."""
     tiles = Tiles.of(q_BTIJ, k_BSJ, max(q_BTIJ.shape[2], q_BTNK.shape[2]))
-    tiled_mask, k_gbSJ, k_gbSZK = TiledMask.of(tiles, mask), tiles.cut_keys(k_BSJ), tiles.cut_keys(k_BSZK)
+    tiled_mask, keys = TiledMask.of(tiles, mask), jax.tree.map(tiles.cut_keys, (k_BSJ, k_BSZK))
     dtype = _wide(q_BTIJ)
 
     def one_block(dk_gbSJ: jax.Array, step: Any, queries: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
@@ -117,7 +119,7 @@ def dense_kl_gradients(
         def absorb(start: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             a_btIJ, dk_bSJ = state
             visible_bts = tiled_mask.visible(step, start)
-            k_bsJ, k_bsZK = (jax.lax.dynamic_slice_in_dim(a[group], start, tiles.chunk, 1) for a in (k_gbSJ, k_gbSZK))
+            k_bsJ, k_bsZK = tiles.keys_at(keys, step, start)
             logits_btIs = _logits(q_btIJ, k_bsJ)
             p_bts = _attention(q_btNK, k_bsZK, lse_btN, scale)
             softmax_bts = jnp.exp(_scores(logits_btIs, w_btI) - index_lse_bt[..., None])
@@ -132,7 +134,7 @@ def dense_kl_gradients(
         a_btIJ, dk_bSJ = tiled_mask.over_keys(step, absorb, (a_btIJ, dk_gbSJ[group]))
         return dk_gbSJ.at[group].set(dk_bSJ), _query_gradients(a_btIJ, q_btIJ, w_btI)
 
-    dk_gbSJ = full(k_gbSJ.shape, 0, dtype, q_BTIJ)
+    dk_gbSJ = full(keys[0].shape, 0, dtype, q_BTIJ)
     queries = (q_BTIJ, w_BTI, q_BTNK, lse_BTN, index_lse_BT, dkl_BT)
     dk_gbSJ, (dq_BTIJ, dw_BTI) = tiles.over_queries(one_block, dk_gbSJ, queries)
     return dq_BTIJ, dw_BTI, tiles.join_keys(dk_gbSJ).astype(k_BSJ.dtype)
@@ -155,9 +157,9 @@ def selected_kl(
         queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...], carry: tuple[()]
     ) -> tuple[Any, tuple[()]]:
         q_mIJ, w_mI, q_mNK, lse_mN, index_mW = queries
-        there_mW, (k_mWJ, k_mWZK) = _gathered(index_mW, *keys)
+        there_mW, (k_mWJ, k_mWX) = _gathered(index_mW, *keys)
         score_mW = jnp.where(there_mW, _selected_scores(_einsum("mWJ,mIJ->mWI", k_mWJ, q_mIJ), w_mI), -jnp.inf)
-        p_mW = jnp.where(there_mW, _selected_attention(q_mNK, k_mWZK, lse_mN, scale), 0)
+        p_mW = jnp.where(there_mW, _selected_attention(q_mNK, k_mWX, lse_mN, scale), 0)
         some_m = there_mW.any(-1)
         max_m = jnp.where(some_m, jnp.max(score_mW, axis=-1), 0)
         e_mW = jnp.exp(score_mW - max_m[:, None])
@@ -167,7 +169,9 @@ def selected_kl(
         uniform_m = entropy_m + jnp.log(jnp.maximum(jnp.sum(there_mW, axis=-1), 1))
         return (kl_m, uniform_m, (e_mW / sum_m[:, None] - p_mW).astype(q_mIJ.dtype)), carry
 
-    return over_queries(some_queries, (q_BTIJ, w_BTI, q_BTNK, lse_BTN, index_BTW), (k_BSJ, k_BSZK), ())[0]
+    return over_queries(some_queries, (q_BTIJ, w_BTI, q_BTNK, lse_BTN, index_BTW), (k_BSJ, _side_by_side(k_BSZK)), ())[
+        0
+    ]
 
 
 def selected_kl_gradients(
@@ -206,11 +210,15 @@ def recall(
         queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...], carry: tuple[()]
     ) -> tuple[Any, tuple[()]]:
         q_mNK, lse_mN, index_mW = queries
-        there_mW, (k_mWZK,) = _gathered(index_mW, *keys)
-        p_mW = _selected_attention(q_mNK, k_mWZK, lse_mN, scale)
+        there_mW, (k_mWX,) = _gathered(index_mW, *keys)
+        p_mW = _selected_attention(q_mNK, k_mWX, lse_mN, scale)
         return jnp.sum(jnp.where(there_mW, p_mW, 0), axis=-1), carry
 
-    return over_queries(some_queries, (q_BTNK, lse_BTN, index_BTW), (k_BSZK,), ())[0]
+    return over_queries(some_queries, (q_BTNK, lse_BTN, index_BTW), (_side_by_side(k_BSZK),), ())[0]
+
+
+def _side_by_side(k_BSZK: jax.Array) -> jax.Array:
+    return k_BSZK.reshape(*k_BSZK.shape[:2], -1)
 
 
 def _gathered(index_mW: jax.Array, *keys: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
@@ -226,21 +234,28 @@ def _selected_scores(logits_mWI: jax.Array, w_mI: jax.Array) -> jax.Array:
     )
 
 
-def _selected_attention(q_mNK: jax.Array, k_mWZK: jax.Array, lse_mN: jax.Array, scale: float) -> jax.Array:
-    """The mean over heads of the attention's probabilities, [m, W]."""
-    q_mZGK = q_mNK.reshape(q_mNK.shape[0], k_mWZK.shape[2], -1, q_mNK.shape[2])
-    s_mWN = _einsum("mWZK,mZGK->mWZG", k_mWZK, q_mZGK).reshape(*k_mWZK.shape[:2], -1)
+def _selected_attention(q_mNK: jax.Array, k_mWX: jax.Array, lse_mN: jax.Array, scale: float) -> jax.Array:
+    """The mean over heads of the attention's probabilities, [m, W]; the key heads lie side by side, X = Z·K."""
+    chunk, slots, width = k_mWX.shape
+    if width == q_mNK.shape[2]:  # apart, for with a dim of 1 XLA:CPU copies the keys
+        s_mWN = _einsum("mWK,mNK->mWN", k_mWX, q_mNK)
+    else:
+        k_mWZK = k_mWX.reshape(chunk, slots, -1, q_mNK.shape[2])
+        q_mZGK = q_mNK.reshape(chunk, k_mWZK.shape[2], -1, q_mNK.shape[2])
+        s_mWN = _einsum("mWZK,mZGK->mWZG", k_mWZK, q_mZGK).reshape(chunk, slots, -1)
     none_m1N = lse_mN[:, None] == -jnp.inf
     return jnp.mean(jnp.where(none_m1N, 0, jnp.exp(s_mWN * scale - jnp.where(none_m1N, 0, lse_mN[:, None]))), axis=2)
 
 
 def _wide(a: jax.Array) -> jnp.dtype:
     """The dtype of accumulation."""
-    return jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.dtype(jnp.float32) if a.dtype.itemsize < 4 else a.dtype
 
 
 def _einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, *operands, preferred_element_type=_wide(operands[0]))
+    dtype = _wide(operands[0])
+    operands = tuple(a.astype(jnp.bfloat16) if a.dtype.itemsize == 1 else a for a in operands)  # FP8, exactly
+    return jnp.einsum(subscripts, *operands, preferred_element_type=dtype)
 
 
 def _logits(q_btIJ: jax.Array, k_bsJ: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ class Case:
     name: str
     lengths: tuple[int, int] = (37, 37)  # T, S
     heads: int = 3
+    key_heads: int = 2  # of the attention, whose query heads are 4
     topk: int = 5
     sign: int = 0  # of all weights; 0 for either
     causal: bool = True
@@ -95,7 +96,7 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case(name="causal"),
+        Case(name="causal", key_heads=1),
         Case(name="one head, so that half of the scores are zero", heads=1),
         Case(name="weights below zero, so that zeros are best", sign=-1),
         Case(name="one key", topk=1, sign=1),
@@ -210,7 +211,7 @@ def test_largest_is_exact(number):
 
 
 def draw(case: Case, dtype: Any = np.float64) -> dict[str, np.ndarray]:
-    """Real numbers in bfloat16 of an indexer and of an attention of 4 heads over 2, and weights of the losses."""
+    """Real numbers in bfloat16 of an indexer and of an attention, and weights of the losses."""
     rng = np.random.default_rng(3)
     (T, S), B, I = case.lengths, 2, case.heads
     shapes = {
@@ -218,7 +219,7 @@ def draw(case: Case, dtype: Any = np.float64) -> dict[str, np.ndarray]:
         "w": (B, T, I),
         "k": (B, S, 8),
         "main_q": (B, T, 4, 6),
-        "main_k": (B, S, 2, 6),
+        "main_k": (B, S, case.key_heads, 6),
         "dkl": (B, T),
     }
     return {n: rng.standard_normal(s).astype(jnp.bfloat16).astype(dtype) for n, s in shapes.items()}
@@ -234,7 +235,9 @@ def truth(case: Case, within: np.ndarray) -> dict[str, np.ndarray]:
         keys = np.flatnonzero(within[b, t])
         if not len(keys):
             continue
-        logits = SCALE * np.stack([a["main_k"][b, keys, n // 2] @ a["main_q"][b, t, n] for n in range(4)])
+        logits = SCALE * np.stack(
+            [a["main_k"][b, keys, n * case.key_heads // 4] @ a["main_q"][b, t, n] for n in range(4)]
+        )
         found["lse"][b, t] = np.log(np.exp(logits).sum(1))
         p = np.exp(logits - found["lse"][b, t][:, None]).mean(0)
         heads = a["k"][b, keys] @ a["q"][b, t].T  # [keys, I]
@@ -345,7 +348,7 @@ def test_losses_of_bfloat16_operands(dense):
 def test_recall(case, way):
     a, dense = draw(case), truth(case, case.visible())
     index, within = selection(case)
-    logits = SCALE * np.einsum("btnk,bsnk->btns", a["main_q"], np.repeat(a["main_k"], 2, axis=2))
+    logits = SCALE * np.einsum("btnk,bsnk->btns", a["main_q"], np.repeat(a["main_k"], 4 // case.key_heads, axis=2))
     with np.errstate(invalid="ignore"):
         p = np.where(within[:, :, None], np.exp(logits - dense["lse"][..., None]), 0)
     got = way.run(
