@@ -9,6 +9,7 @@ from kernels_pallas.fp8 import compile_cases as fp8
 from kernels_pallas.fp8_gemm import compile_cases as fp8_gemm
 from kernels_pallas.grouped_gemm import compile_cases as grouped_gemm
 from kernels_pallas.mla_decode import compile_cases as mla_decode
+from kernels_pallas.sparse_attention import compile_cases as sparse_attention
 
 
 def compile_cases() -> list[CompileCase]:
@@ -18,4 +19,5 @@ def compile_cases() -> list[CompileCase]:
         *fp8_gemm.compile_cases(),
         *grouped_gemm.compile_cases(),
         *mla_decode.compile_cases(),
+        *sparse_attention.compile_cases(),
     ]

@@ -14,10 +14,15 @@ from kernels_pallas.select import LazyModule, select
 from kernels_pallas.sparse_attention import reference, xla
 from kernels_pallas.vary import vary_alike
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["xla", "tpu", "gpu", "reference"]
 # A back end is a module with `forward` and `backward` as xla.py has them, which raise Unsupported to decline a call; the first is
-# the default. The reference is differentiated by JAX itself.
-BACK_ENDS: dict[str, ModuleType | LazyModule] = {"xla": xla, "reference": reference}
+# the default: no kernel has been timed on a device yet. The reference is differentiated by JAX itself.
+BACK_ENDS: dict[str, ModuleType | LazyModule] = {
+    "xla": xla,
+    "tpu": LazyModule("kernels_pallas.sparse_attention.tpu"),
+    "gpu": LazyModule("kernels_pallas.sparse_attention.gpu"),
+    "reference": reference,
+}
 
 
 @overload

@@ -27,7 +27,7 @@ def forward(
     value_width: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, N, U] in q's dtype and the logsumexp [B, T, N]."""
-    index_MW = _in_one_list(index_BTW, k_BSZK.shape[1])
+    index_MW = in_one_list(index_BTW, k_BSZK.shape[1])
     dtype = jnp.promote_types(q_BTNK.dtype, jnp.float32)
 
     def one_head(head: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
@@ -45,7 +45,7 @@ def forward(
             lse_mG = jnp.where(some_m11, m_m1G + jnp.log(l_m1G), -jnp.inf)[:, 0]
             return (jnp.where(some_m11, o_mGU, 0).astype(q_mGK.dtype), lse_mG), ()
 
-        return _over_chunks(one_chunk, (q_MGK, index_MW), (), k_RK.shape[1])[0]
+        return over_chunks(one_chunk, (q_MGK, index_MW), (), k_RK.shape[1])[0]
 
     heads = (_heads_first(q_BTNK, k_BSZK), _keys_first(k_BSZK), _keys_first(v_BSZU))
     out_ZMGU, lse_ZMG = jax.lax.map(one_head, heads)
@@ -64,7 +64,7 @@ def backward(
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Gradients of q, k and v from those of the logits, ds = p (dp - delta)."""
-    index_MW = _in_one_list(index_BTW, k_BSZK.shape[1])
+    index_MW = in_one_list(index_BTW, k_BSZK.shape[1])
     dtype = lse_BTN.dtype
     if v_BSZU is None:  # keys are values, of which the columns behind U have no weight
         dout_BTNU = jnp.pad(dout_BTNU, [(0, 0)] * 3 + [(0, k_BSZK.shape[3] - dout_BTNU.shape[3])])
@@ -88,12 +88,11 @@ def backward(
                 parts = (_dot(jnp.concatenate([ds_mWG, p_mWG], axis=2), both_mXK, 2, 1),)
             else:
                 parts = (_dot(ds_mWG, q_mGK, 2, 1), _dot(p_mWG, dout_mGU, 2, 1))
-            sums = tuple(a.at[index_mW].add(part, mode="drop") for a, part in zip(sums, parts, strict=True))
-            return dq_mGK.astype(q_mGK.dtype), sums
+            return dq_mGK.astype(q_mGK.dtype), tuple(_added(*each, index_mW) for each in zip(sums, parts, strict=True))
 
         sums = tuple(_zeros_like(a, dtype) for a in (k_RK, v_RU) if a is not None)
         queries = (q_MGK, dout_MGU, lse_MG, delta_MG, index_MW)
-        dq_MGK, sums = _over_chunks(one_chunk, queries, sums, k_RK.shape[1])
+        dq_MGK, sums = over_chunks(one_chunk, queries, sums, k_RK.shape[1])
         return dq_MGK, *(a.astype(q_BTNK.dtype) for a in sums)
 
     heads = tuple(_heads_first(a, k_BSZK) for a in (q_BTNK, dout_BTNU, lse_BTN, delta_BTN))
@@ -102,7 +101,7 @@ def backward(
     return _heads_last(dq_ZMGK, q_BTNK), dk_BSZK, dv_BSZU
 
 
-def _in_one_list(index_BTW: jax.Array, num_keys: int) -> jax.Array:
+def in_one_list(index_BTW: jax.Array, num_keys: int) -> jax.Array:
     """Indices [M, W] into the keys of all rows; what names no key is beyond the last."""
     batch = index_BTW.shape[0]
     index_BTW = index_BTW.astype(jnp.int32)
@@ -114,31 +113,36 @@ def _in_one_list(index_BTW: jax.Array, num_keys: int) -> jax.Array:
 def _gathered(index_mW: jax.Array, k_RK: jax.Array, v_RU: jax.Array | None) -> tuple[jax.Array, list[jax.Array]]:
     """Which slots name a key, [m, W, 1]; keys and values, in other slots one that the query names, so that no NaN is read."""
     named_mW = index_mW < k_RK.shape[0]
-    index_mW = jnp.where(named_mW, index_mW, jnp.min(index_mW, axis=1, keepdims=True))
-    k_mWK = k_RK.at[index_mW].get(mode="clip")
-    return named_mW[..., None], [k_mWK, k_mWK if v_RU is None else v_RU.at[index_mW].get(mode="clip")]
+    other_m1 = jnp.minimum(jnp.min(index_mW, axis=1, keepdims=True), k_RK.shape[0] - 1)
+    index_mW = jnp.where(named_mW, index_mW, other_m1)
+    k_mWK = k_RK.at[index_mW].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    if v_RU is None:
+        return named_mW[..., None], [k_mWK, k_mWK]
+    return named_mW[..., None], [k_mWK, v_RU.at[index_mW].get(mode="promise_in_bounds", wrap_negative_indices=False)]
 
 
-def _over_chunks(one_chunk: Callable, queries: Any, carry: Any, width: int) -> tuple[Any, Any]:
+def _added(sum_RK: jax.Array, part_mWK: jax.Array, index_mW: jax.Array) -> jax.Array:
+    """With each part added to the key that its slot names."""
+    part_XK = part_mWK.reshape(-1, part_mWK.shape[2])
+    return sum_RK.at[index_mW.reshape(-1)].add(part_XK, mode="drop", wrap_negative_indices=False)
+
+
+def over_chunks(one_chunk: Callable, queries: Any, carry: Any, width: int) -> tuple[Any, Any]:
     """one_chunk(some of the queries, carry) -> (results, carry) for all; the results of all queries, and the last carry."""
     num_queries, slots = queries[-1].shape
-    chunk = max(1, (CPU_GATHERED if platform() == "cpu" else GATHERED) // (slots * width))
-    if num_queries <= chunk:
+    most = max(1, (CPU_GATHERED if platform() == "cpu" else GATHERED) // (slots * width))
+    if num_queries <= most:
         return one_chunk(queries, carry)
+    chunk = 1 << (most.bit_length() - 1)  # sequences are multiples of such numbers, and need no padding
     chunks = math.ceil(num_queries / chunk)
-    chunk = math.ceil(num_queries / chunks)
 
-    def split(a: jax.Array) -> jax.Array:
-        # A query that pads is the last again, whose results are dropped; it must name no key.
-        return jnp.pad(a, [(0, chunks * chunk - num_queries)] + [(0, 0)] * (a.ndim - 1)).reshape(
-            chunks, chunk, *a.shape[1:]
-        )
+    def split(a: jax.Array, **how: Any) -> jax.Array:
+        missing = chunks * chunk - num_queries
+        a = jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1), **how) if missing else a
+        return a.reshape(chunks, chunk, *a.shape[1:])
 
-    *others, index_MW = queries
-    index_MW = jnp.pad(
-        index_MW, [(0, chunks * chunk - num_queries), (0, 0)], constant_values=jnp.iinfo(index_MW.dtype).max
-    )
-    xs = (*(split(a) for a in others), index_MW.reshape(chunks, chunk, slots))
+    *others, index_MW = queries  # what pads names no key
+    xs = (*(split(a) for a in others), split(index_MW, constant_values=jnp.iinfo(index_MW.dtype).max))
     carry, results = jax.lax.scan(lambda carry, x: one_chunk(x, carry)[::-1], carry, xs)
     return jax.tree.map(lambda a: a.reshape(chunks * chunk, *a.shape[2:])[:num_queries], results), carry
 

@@ -1,0 +1,37 @@
+"""Production shapes for compile checks and benches: latents of DeepSeek-V3.2, whose queries are absorbed."""
+
+import dataclasses
+
+LATENT, ROPE = 512, 64  # widths of the values and of what keys have beyond them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    batch: int = 1
+    queries: int
+    keys: int
+    heads: int
+    selected: int = 2048
+
+    @property
+    def q_BTNK(self) -> tuple[int, int, int, int]:
+        return self.batch, self.queries, self.heads, LATENT + ROPE
+
+    @property
+    def k_BSZK(self) -> tuple[int, int, int, int]:
+        return self.batch, self.keys, 1, LATENT + ROPE
+
+    @property
+    def index_BTW(self) -> tuple[int, int, int]:
+        return self.batch, self.queries, self.selected
+
+    @property
+    def out_BTNU(self) -> tuple[int, int, int, int]:
+        return self.batch, self.queries, self.heads, LATENT
+
+
+SHAPES: dict[str, Shape] = {
+    "v3.2 train 4K of 128K": Shape(queries=4096, keys=131072, heads=128),
+    "16 heads train 4K of 32K": Shape(queries=4096, keys=32768, heads=16),  # 128 heads over 8 devices
+    "16 heads train 32K, 512 keys": Shape(queries=32768, keys=32768, heads=16, selected=512),
+}
