@@ -16,6 +16,7 @@ from experiments.loading import find_model
 from experiments.optim.adamw import AdamWConfig
 from experiments.optim.schedule import CosineConfig, PiecewiseConfig
 from experiments.tokenizer import HfTokenizerConfig
+from mdl.attention.dsa import DsaConfig
 from mdl.sharding import MeshConfig
 
 
@@ -36,6 +37,7 @@ def get_config(arg: str | None = None) -> ExperimentConfig:
             mtp_loss_weight=PiecewiseConfig(values=(0.1,)) if model.mtp else None,
             aux_loss_alpha=1e-4 if model.moe else None,
             bias_update_speed=None,
+            indexer_loss_weight=1.0 if isinstance(model.attention, DsaConfig) else None,
         ),
         optim=AdamWConfig(learning_rate=1e-5, schedule=CosineConfig(warmup_fraction=0.03), weight_decay=0.0),
         train=TrainConfig(num_steps=1000, batch_size=32, seq_len=min(4096, model.max_position_embeddings)),

@@ -65,6 +65,7 @@ def prepare(config: ExperimentConfig, topology: str) -> Cluster:
         raise UserError(f"--topology={topology}: {error}{near}") from error
     config.check_training()
     config.check_mesh(len(devices), len({device.process_index for device in devices}), platform=devices[0].platform)
+    config.check_parameters()
     config.optim.build(config.train.num_steps)  # UserError if its schedule does not fit
     return target
 

@@ -8,10 +8,12 @@ from experiments.checkpoint import CheckpointConfig
 from experiments.data.pipeline import DataConfig
 from experiments.errors import UserError
 from experiments.metrics import LogConfig
+from experiments.optim import trainable
 from experiments.optim.adamw import AdamWConfig
 from experiments.optim.schedule import PiecewiseConfig
 from mdl.attention.dsa import DsaConfig
 from mdl.moe.dispatch import check_platform
+from mdl.pure import PureModel
 from mdl.sharding import MeshConfig
 from mdl.transformer import TransformerConfig
 
@@ -39,6 +41,7 @@ class TrainConfig:
     seq_len: int = 256  # predicted tokens of a row
     grad_accum_steps: int = 1  # micro-batches that a step is split into
     batch_ramp: BatchRampConfig | None = None  # growth of the batch; none: batch_size throughout
+    trainable: tuple[str, ...] | None = None  # globs of the parameters that are trained, */indexer/* say; none: all
     ema_decay: float | None = None  # decay of an exponential moving average of the parameters; none: not kept
     max_skipped_steps: int = 10  # stop after so many steps in a row whose loss or gradient is not finite
     profile_steps: tuple[int, int] | None = None  # write a profiler trace of these steps, first:last
@@ -49,6 +52,8 @@ class TrainConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batch_size % self.grad_accum_steps:
             raise UserError(f"grad_accum_steps={self.grad_accum_steps} does not divide batch_size={self.batch_size}")
+        if self.trainable == ():
+            raise UserError("trainable=() trains nothing; none trains every parameter")
         if self.batch_ramp:
             start = self.batch_ramp.start_batch_size
             if start % self.micro_batch_size or start > self.batch_size:
@@ -87,9 +92,11 @@ class LossConfig:
         default_factory=lambda: PiecewiseConfig(values=(1e-3,))
     )
     z_loss_weight: float | None = None  # weight of the mean log(Z)^2 of the output softmax
+    # weight of the KL of attention to the indexer, summed over layers (DeepSeek-V3.2-Exp report, section 2.1: 1)
+    indexer_loss_weight: float | None = None
 
     def __post_init__(self):
-        for name in ("aux_loss_alpha", "z_loss_weight"):
+        for name in ("aux_loss_alpha", "z_loss_weight", "indexer_loss_weight"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name}={value} must be positive; none switches it off")
@@ -162,20 +169,48 @@ class ExperimentConfig:
                 f"topk_group={router.topk_group}; set n_group=1, or a smaller topk_group with another method"
             )
         if isinstance(model.attention, DsaConfig):
-            if model.attention.index_topk >= train.seq_len:
+            if not model.attention.warmup and model.attention.index_topk >= train.seq_len:
                 raise UserError(
                     f"model.attention.index_topk={model.attention.index_topk} selects every key of train.seq_len={train.seq_len}; "
                     "set it below, or model.attention=MlaConfig for dense attention"
                 )
+            if not loss.indexer_loss_weight and train.trainable is None:
+                raise UserError(
+                    "loss.indexer_loss_weight is none: nothing would train the indexers of model.attention=DsaConfig; set it (to 1)"
+                )
+        elif loss.indexer_loss_weight:
             raise UserError(
-                "model.attention=DsaConfig: the indexer cannot be trained yet (the loss sends it no gradient), only scored, "
-                "generated from and converted; train with model.attention=MlaConfig"
+                "loss.indexer_loss_weight is set but model.attention has no indexer; set model.attention=DsaConfig or "
+                "loss.indexer_loss_weight=none"
             )
         has_bias = router is not None and router.has_bias
         if loss.bias_update_speed and not has_bias:
             raise UserError(
                 "loss.bias_update_speed is set but no router has a bias (model.moe with topk_method=noaux_tc); "
                 "set loss.bias_update_speed=none"
+            )
+
+    def check_parameters(self) -> None:
+        """UserError where `train.trainable` names no parameter, or the loss does not fit what it names. Makes shapes only."""
+        patterns, loss = self.train.trainable, self.loss
+        if patterns is None:
+            return
+        params = PureModel(self.model).abstract()["params"]
+        trainable.check(params, patterns)
+
+        def trains(module: str) -> bool:
+            return any(trainable.trains(path, patterns) for path in trainable.paths(params) if f"/{module}/" in path)
+
+        if loss.bias_update_speed and not trains("router"):
+            raise UserError(
+                "loss.bias_update_speed moves the biases of routers, of which train.trainable trains none; "
+                "set loss.bias_update_speed=none"
+            )
+        if trains("indexer") != bool(loss.indexer_loss_weight):
+            raise UserError(
+                "train.trainable trains no indexer, but loss.indexer_loss_weight is set; set it to none"
+                if loss.indexer_loss_weight
+                else "train.trainable trains indexers, but loss.indexer_loss_weight is none; set it (to 1)"
             )
 
     def check_mesh(self, num_devices: int, num_processes: int = 1, *, platform: str | None = None) -> None:
@@ -186,11 +221,11 @@ class ExperimentConfig:
         except ValueError as error:
             raise UserError(str(error)) from error
         model, attention, rows = self.model, self.model.attention, data * fsdp * expert
-        heads = getattr(attention, "num_key_value_heads", attention.num_attention_heads)
+        dense = attention.dense if isinstance(attention, DsaConfig) else attention
+        heads = getattr(dense, "num_key_value_heads", dense.num_attention_heads)
         index_heads = attention.index_n_heads if isinstance(attention, DsaConfig) else 0
         experts, width = (model.moe.router.n_routed_experts, model.moe.moe_intermediate_size) if model.moe else (0, 0)
-        mla = attention.dense if isinstance(attention, DsaConfig) else attention
-        query_latent, latent = (getattr(mla, name, None) or 0 for name in ("q_lora_rank", "kv_lora_rank"))
+        query_latent, latent = (getattr(dense, name, None) or 0 for name in ("q_lora_rank", "kv_lora_rank"))
         for name, value, parts, axis in (
             ("train.batch_size / train.grad_accum_steps", self.train.micro_batch_size, rows, "data x fsdp x expert"),
             ("eval.batch_size", self.eval_batch_size, rows, "data x fsdp x expert"),

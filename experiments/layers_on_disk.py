@@ -1,8 +1,9 @@
 """One array per layer on disk, one stack per scan in memory: the two views of a train state, and the way between them.
 
 In memory every leaf below the key `stack` has a leading layer axis, and the unrolled layers before the scan stand below
-`prefix` (a list, or a dict with the keys "0", "1", ...). On disk both become `layers/<true layer index>`: parameters,
-buffers, optimizer moments and EMA alike. So a checkpoint does not know whether the model scans.
+`prefix` (a list, or a dict with the keys "0", "1", ...); a stack of unlike layers is such a dict too. On disk all become
+`layers/<true layer index>`: parameters, buffers, optimizer moments and EMA alike. So a checkpoint does not know whether the
+model scans.
 Everything else keeps its path: `params/embed/table`, `opt/0/mu/head/kernel`, `step`.
 """
 
@@ -113,6 +114,8 @@ def named_leaves(tree) -> list[tuple[str | list[str], Any]]:
 def _disk_names(keys: list[str], leaf, first: int) -> str | list[str]:
     if STACK in keys:
         at = keys.index(STACK)
+        if keys[at + 1 :] and keys[at + 1].isdecimal():
+            return "/".join([*keys[:at], LAYERS, str(first + int(keys[at + 1])), *keys[at + 2 :]])
         return ["/".join([*keys[:at], LAYERS, str(first + i), *keys[at + 1 :]]) for i in range(leaf.shape[0])]
     if _prefix_index(keys) is not None:
         keys = [LAYERS if key == PREFIX else key for key in keys]

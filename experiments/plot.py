@@ -39,6 +39,8 @@ class Panel(NamedTuple):
 _SMALL_PANELS = (
     Panel("validation bits per byte", ("val/bpb", "val/loss")),
     Panel("expert load: max / mean - 1", ("load/max_violation",), noisy=True),
+    Panel("attention kept by selected keys", ("val/indexer/recall",)),
+    Panel("indexer: KL, a layer's mean", ("indexer/kl",), noisy=True),
     Panel("gradient norm", ("grad_norm",), noisy=True),
     Panel("learning rate", ("learning_rate",)),
 )

@@ -35,6 +35,7 @@ _IDENTITY = (
     "data.eos",
     "data.streaming",
     "train.seq_len",
+    "train.trainable",
 )
 _FREE = ("model.scan_layers", "model.remat", "model.moe.transport", "model.max_position_embeddings")
 

@@ -1,13 +1,15 @@
 """The train step and the evaluation step: pure functions of a state and a batch."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from experiments.config import ExperimentConfig
+from experiments.optim import trainable
 from experiments.optim.clip import global_norm
+from mdl.attention.selection import IndexerStats
 from mdl.loss import LossWeights, Terms, count_targets, cross_entropy, loss_terms, targets_at_depth
 from mdl.moe.router import updated_bias
 from mdl.pure import PureModel, Tree
@@ -18,10 +20,11 @@ Metrics = dict[str, jax.Array]
 def init_state(config: ExperimentConfig, model: PureModel, tree: Tree | None = None) -> Tree:
     """The state of step 0, to be jitted under the mesh; with fresh parameters and buffers unless `tree` holds them."""
     tree = model.init(jax.random.key(config.seed)) if tree is None else tree
+    trained, _ = trainable.split(tree["params"], config.train.trainable)
     state = {
         "step": jnp.zeros((), jnp.int32),  # optimizer steps begun, the skipped ones included
         **tree,
-        "opt": config.optim.build(config.train.num_steps).init(tree["params"]),
+        "opt": config.optim.build(config.train.num_steps).init(trained),
         "skipped": jnp.zeros((), jnp.int32),  # steps skipped for a loss or gradient that was not finite
         "skipped_in_a_row": jnp.zeros((), jnp.int32),
     }
@@ -48,20 +51,23 @@ def make_train_step(config: ExperimentConfig, model: PureModel) -> Callable[...,
             mtp=mtp_weight(step, tokens_seen) if mtp_weight else 0.0,
             balance=config.loss.aux_loss_alpha or 0.0,
             z=config.loss.z_loss_weight or 0.0,
+            indexer=config.loss.indexer_loss_weight or 0.0,
         )
 
-        def loss(params: Tree, micro_batch: dict[str, jax.Array]) -> tuple[jax.Array, Terms]:
+        trained, frozen = trainable.split(state["params"], config.train.trainable)
+
+        def loss(trained: Tree, micro_batch: dict[str, jax.Array]) -> tuple[jax.Array, Terms]:
+            params = trainable.join(trained, frozen)
             terms = loss_terms(model.merge(params, state["buffers"]), micro_batch, weights, counts)
             return terms.loss, terms
 
-        grads, terms = accumulate(jax.grad(loss, has_aux=True), state["params"], batch)
+        grads, terms = accumulate(jax.grad(loss, has_aux=True), trained, batch)
         grad_norm = global_norm(grads)
         learning_rate = optimizer.learning_rate(step, tokens_seen)
-        updates, opt = optimizer.update(
-            grads, state["opt"], state["params"], learning_rate=learning_rate, grad_norm=grad_norm
-        )
+        updates, opt = optimizer.update(grads, state["opt"], trained, learning_rate=learning_rate, grad_norm=grad_norm)
+        trained = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), trained, updates)
         new = {
-            "params": jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state["params"], updates),
+            "params": trainable.join(trained, frozen),
             "buffers": state["buffers"],
             "opt": opt,
         }
@@ -85,6 +91,7 @@ def make_train_step(config: ExperimentConfig, model: PureModel) -> Callable[...,
             **{f"loss/mtp_{k + 1}": value for k, value in enumerate(terms.mtp)},
             **({"loss/balance": terms.balance} if terms.loads else {}),
             "loss/z": terms.z,
+            **indexer_metrics(terms.indexer),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "skipped_steps": new["skipped"],
@@ -119,15 +126,18 @@ def move_biases(buffers: Tree, loads: dict[str, jax.Array], speed: jax.Array) ->
     """Router biases after one optimizer step; `loads` are summed over micro-batches and devices, so the move is one per step."""
 
     def moved(path: jax.tree_util.KeyPath, bias: jax.Array) -> jax.Array:
-        return updated_bias(bias, loads[_layers_of(path)], speed)
+        name, layer = _layers_of(path)
+        return updated_bias(bias, loads[name] if layer is None else loads[name][layer], speed)
 
     return jax.tree_util.tree_map_with_path(moved, buffers)
 
 
-def _layers_of(path: jax.tree_util.KeyPath) -> str:
-    """The name that `Terms.loads` has for the layers of a buffer."""
-    names = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-    return f"mtp_{names[1]}" if names[0] == "mtp" else names[0]
+def _layers_of(path: jax.tree_util.KeyPath) -> tuple[str, int | None]:
+    """The name that `Terms.loads` has for the layers of a buffer, and which of them it is of; None for all."""
+    first, second, *_ = (str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
+    if first == "mtp":
+        return f"mtp_{second}", None
+    return first, int(second) if second.isdecimal() else None
 
 
 def load_metrics(loads: dict[str, jax.Array], dropped: dict[str, jax.Array], buffers: Tree) -> Metrics:
@@ -148,7 +158,8 @@ def load_metrics(loads: dict[str, jax.Array], dropped: dict[str, jax.Array], buf
     }
     biases = {_layers_of(path): bias for path, bias in jax.tree_util.tree_leaves_with_path(buffers)}
     if biases:
-        bias_LE = jnp.concatenate([biases[name].reshape(-1, E) for name in names])
+        in_order = sorted(biases, key=lambda at: (names.index(at[0]), at[1] or 0))
+        bias_LE = jnp.concatenate([biases[at].reshape(-1, E) for at in in_order])
         by_layer["bias_norm"] = jnp.linalg.norm(bias_LE, axis=-1)
     return {
         **{f"load/{name}": jnp.mean(values_L) for name, values_L in by_layer.items()},
@@ -157,13 +168,38 @@ def load_metrics(loads: dict[str, jax.Array], dropped: dict[str, jax.Array], buf
     }
 
 
-def make_eval_step(model: PureModel) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """eval_step(params, buffers, batch [B, T + 1]) -> (sum of -log p over valid targets, number of them)."""
+def indexer_metrics(means: IndexerStats | None) -> Metrics:
+    """How well indexers foresee attention: its KL in nats to theirs, and to equal shares, which they must beat; what share of the
+    attention to all keys the selected ones hold. The loss sums layers; the others are means, and each layer's own."""
+    if means is None:
+        return {}
+    by_layer = {name: values_L for name, values_L in means._asdict().items() if values_L is not None}
+    return {
+        "loss/indexer": means.kl.sum(),
+        **{f"indexer/{name}": values_L.mean() for name, values_L in by_layer.items()},
+        **{f"indexer/by_layer/{name}": values_L for name, values_L in by_layer.items()},
+    }
 
-    def eval_step(params: Tree, buffers: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+
+class Evaluated(NamedTuple):
+    """Sums over a batch."""
+
+    nll: jax.Array  # -log p of valid targets
+    targets: jax.Array  # number of them
+    tokens: jax.Array  # number that the model read
+    indexer: IndexerStats | None  # of each layer [L], where the model has indexers
+
+
+def make_eval_step(model: PureModel) -> Callable[..., Evaluated]:
+    """eval_step(params, buffers, batch [B, T + 1]) -> sums."""
+
+    def eval_step(params: Tree, buffers: Tree, batch: dict[str, jax.Array]) -> Evaluated:
         transformer = model.merge(params, buffers)
         targets, valid = targets_at_depth(batch["tokens"], batch["segment_ids"], 0)
-        output = transformer(batch["tokens"][:, :-1], batch["positions"][:, :-1], batch["segment_ids"][:, :-1])
-        return cross_entropy(transformer, output.hidden_BTD, targets, valid).nll, jnp.sum(valid, dtype=jnp.float32)
+        segment_ids = batch["segment_ids"][:, :-1]
+        output = transformer(batch["tokens"][:, :-1], batch["positions"][:, :-1], segment_ids, measure="recall")
+        nll = cross_entropy(transformer, output.hidden_BTD, targets, valid).nll
+        num_targets, num_tokens = (jnp.sum(flags, dtype=jnp.float32) for flags in (valid, segment_ids > 0))
+        return Evaluated(nll, num_targets, num_tokens, output.stats.indexer)
 
     return eval_step

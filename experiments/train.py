@@ -83,7 +83,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
         # A CPU with virtual devices aborts when many steps are queued, and mixes up collectives that run side by side.
         one_step_in_flight = jax.default_backend() == "cpu"
 
-        def log(step: int, metrics: dict[str, Any], scores: dict[str, float]) -> None:
+        def log(step: int, metrics: dict[str, Any], scores: dict[str, Any]) -> None:
             values = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()} | scores
             values |= meter.finished(step)
             writer.write(step, values)
@@ -164,7 +164,8 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
         if config.train.ema_decay is not None:
             state["ema"] = restore_params(directory, abstract, step=restored.step, ema=True, cast=True).state["params"]
         started = time.monotonic()
-        scores = "  ".join(f"{name} {value:.4f}" for name, value in held_out.scores(state).items())
+        scores = held_out.scores(state).items()
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in scores if np.ndim(value) == 0)
         say(f"{scores}  ({time.monotonic() - started:.0f} s)")
     return 0
 
@@ -174,6 +175,7 @@ def prepare(config: ExperimentConfig, directory: pathlib.Path) -> tuple[Data, Mo
     config.check_training()
     config.log.check()
     config.check_mesh(jax.device_count(), jax.process_count())
+    config.check_parameters()
     config.optim.build(config.train.num_steps)  # UserError if its schedule does not fit
     resume.check_directory(config, directory)
     is_new = not saved_steps(directory / resume.CHECKPOINTS_NAME)

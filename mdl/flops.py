@@ -58,7 +58,8 @@ def forward_flops_per_token(config: TransformerConfig, seq_len: int, *, mtp: boo
     module_matrices, module_experts = _count(_matrices(modules)) if mtp else (0, 0)
     used = matrices + module_matrices - (experts + module_experts) * _idle_share(config) + head * (1 + depth)
 
-    return 2 * used + config.attention.flops_per_query(seq_len) * (config.num_hidden_layers + depth)
+    layers = [*range(config.num_hidden_layers), *(0,) * depth]
+    return 2 * used + sum(config.attention_of(layer).flops_per_query(seq_len) for layer in layers)
 
 
 def train_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
@@ -74,4 +75,5 @@ def _matrices(params: Any) -> Any:
 
 def cache_bytes_per_token(config: TransformerConfig) -> int:
     """Bytes of key-value cache per token over all layers."""
-    return config.attention.cache_width * config.num_hidden_layers * jnp.dtype(config.precision.compute).itemsize
+    width = sum(config.attention_of(layer).cache_width for layer in range(config.num_hidden_layers))
+    return width * jnp.dtype(config.precision.compute).itemsize

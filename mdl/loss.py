@@ -13,21 +13,25 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import linear_cross_entropy
 from mdl import sharding
+from mdl.attention.selection import IndexerStats
 from mdl.transformer import Transformer, shift_left
 
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """lambda of the MTP loss (V3 report, eq. 25), alpha of the balance loss (eq. 17), weight of the z-loss."""
+    """lambda of the MTP loss (V3 report, eq. 25), alpha of the balance loss (eq. 17), weights of the z-loss and of the loss of
+    indexers (V3.2-Exp report, eqs. 3 and 4), for which nothing is computed if it is 0."""
 
     mtp: Any = 0.0
     balance: Any = 0.0
     z: float = 0.0
+    indexer: float = 0.0
 
 
 class Counts(NamedTuple):
     """What the sums are divided by, over the whole optimizer step."""
 
+    tokens: jax.Array  # all that the model reads: not padding, nor the last token of a full row
     targets: jax.Array  # valid next-token targets
     mtp_targets: tuple[jax.Array, ...]  # valid targets of each MTP depth
     rows: jax.Array  # rows with any token
@@ -42,6 +46,7 @@ class Terms(NamedTuple):
     mtp: tuple[jax.Array, ...]
     balance: jax.Array
     z: jax.Array
+    indexer: IndexerStats | None  # of each layer, [L], those of the MTP modules last; None unless they have a weight
     loads: dict[str, jax.Array]
     dropped: dict[str, jax.Array]
 
@@ -68,7 +73,8 @@ def count_targets(segment_ids_ABT: jax.Array, mtp_depth: int) -> Counts:
         return jnp.maximum(jnp.sum(flags, dtype=jnp.float32), 1)
 
     rows = at_least_one(jnp.any(segment_ids_ABT > 0, axis=-1))
-    return Counts(valid(0), tuple(valid(k + 1) for k in range(mtp_depth)), rows)
+    tokens = at_least_one(segment_ids_ABT[..., :-1] > 0)
+    return Counts(tokens, valid(0), tuple(valid(k + 1) for k in range(mtp_depth)), rows)
 
 
 class CrossEntropy(NamedTuple):
@@ -118,30 +124,45 @@ def loss_terms(
     """The loss of one micro-batch {tokens, segment_ids, positions}, each [B, T + 1], already divided by the step's counts."""
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     positions_BT, segment_ids_BT = batch["positions"][:, :-1], segment_ids[:, :-1]
-    output = model(tokens[:, :-1], positions_BT, segment_ids_BT)
+    measure = "loss" if weights.indexer else "nothing"
+    output = model(tokens[:, :-1], positions_BT, segment_ids_BT, measure=measure)
 
     target_BT, valid_BT = targets_at_depth(tokens, segment_ids, 0)
     main = cross_entropy(model, output.hidden_BTD, target_BT, valid_BT, z_loss=weights.z)
     loss = main.loss / counts.targets
-    stats = {"stack": output.stats}
+    stats, indexers = {"stack": output.stats}, [_mean(output.stats.indexer, counts.tokens)]
     mtp = []
-    modules = model.predict_ahead(output.hidden_BTD, target_BT, positions_BT, jnp.where(valid_BT, segment_ids_BT, 0))
+    ahead_segment_ids_BT = jnp.where(valid_BT, segment_ids_BT, 0)
+    modules = model.predict_ahead(output.hidden_BTD, target_BT, positions_BT, ahead_segment_ids_BT, measure=measure)
     for k, (hidden_BTD, module_stats) in enumerate(modules):
         ahead = cross_entropy(model, hidden_BTD, *targets_at_depth(tokens, segment_ids, k + 1))
         mtp.append(ahead.nll / counts.mtp_targets[k])
         loss += weights.mtp / len(model.mtp) * ahead.loss / counts.mtp_targets[k]
         stats[f"mtp_{k}"] = module_stats
-    with_experts = {name: block for name, block in stats.items() if block is not None}
-    balance = sum((block.balance_loss for block in with_experts.values()), jnp.float32(0)) / counts.rows
+        tokens_of_module = (counts.targets, *counts.mtp_targets)[
+            k
+        ]  # it reads those that have a target one depth before its own
+        indexers.append(_mean(jax.tree.map(lambda one: one[None], module_stats.indexer), tokens_of_module))
+    experts = {name: block.experts for name, block in stats.items() if block.experts is not None}
+    balance = sum((layers.balance_loss for layers in experts.values()), jnp.float32(0)) / counts.rows
+    loss += weights.balance * balance
+    indexer = jax.tree.map(lambda *layers: jnp.concatenate(layers), *indexers)
+    if indexer is not None:
+        loss += weights.indexer * jnp.sum(indexer.kl)
 
-    loads = {name: block.load_E for name, block in with_experts.items()}
-    dropped = {name: block.dropped for name, block in with_experts.items()}
+    loads = {name: layers.load_E for name, layers in experts.items()}
+    dropped = {name: layers.dropped for name, layers in experts.items()}
     return Terms(
-        loss + weights.balance * balance,
+        loss,
         main.nll / counts.targets,
         tuple(mtp),
         balance,
         main.z / counts.targets,
+        indexer,
         loads,
         dropped,
     )
+
+
+def _mean(sums: IndexerStats | None, count: jax.Array) -> IndexerStats | None:
+    return jax.tree.map(lambda total: total / count, sums)

@@ -28,7 +28,7 @@ class MtpModule(nnx.Module):
 
     def __call__(
         self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, context: Context
-    ) -> tuple[jax.Array, BlockStats | None]:
+    ) -> tuple[jax.Array, BlockStats]:
         """hidden_BTD at t and the embedding of token t + k; returns the hidden state, normed, and the block's statistics."""
         joined = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
         x_BTD, stats, _ = self.block(self.eh_proj(joined), context)

@@ -42,9 +42,10 @@ class PureModel:
 
 
 def apart(arrays: Tree) -> Tree:
-    """Arrays of a PureModel as one with `layers_apart` takes them; a copy of the stack, the rest is shared."""
+    """Arrays of a PureModel as one with `layers_apart` takes them; a copy of the stack if it is one tree, the rest is shared."""
     return {
-        kind: {**tree, "stack": _layers(tree["stack"])} if "stack" in tree else tree for kind, tree in arrays.items()
+        kind: {**tree, "stack": _layers(tree["stack"])} if "stack" in tree and "0" not in tree["stack"] else tree
+        for kind, tree in arrays.items()
     }
 
 

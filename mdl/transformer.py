@@ -1,7 +1,7 @@
 """The language model: embedding, an unrolled prefix of dense layers, a scanned stack of equal layers, norm, head, MTP modules."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,8 +11,10 @@ from flax import nnx
 from kernels_pallas.flash_attention.api import SAVED_NAMES
 from mdl import sharding
 from mdl.attention.cache import Cache
-from mdl.attention.core import Context
+from mdl.attention.core import Context, Measure
+from mdl.attention.dsa import DsaConfig
 from mdl.attention.mla import MlaConfig
+from mdl.attention.selection import SAVED_NAMES as SELECTION_SAVED_NAMES
 from mdl.block import AttentionConfig, Block, BlockStats
 from mdl.linear import Init, matmul
 from mdl.mlp import MlpConfig
@@ -24,7 +26,7 @@ from mdl.rope import rotary_tables
 
 Remat = Literal["auto", "none", "dots", "attention", "full"]
 LONG = 16384  # tokens of a row; beyond, attention costs more than making all the rest again
-_KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+_KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES, *SELECTION_SAVED_NAMES)
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _KEEP_ATTENTION
@@ -36,7 +38,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 
 class Output(NamedTuple):
     hidden_BTD: jax.Array  # after the final norm
-    stats: BlockStats | None  # of mixture-of-experts layers: load_E [L, E], dropped [L], balance_loss summed
+    stats: BlockStats  # experts: of the stack's layers, the balance loss summed; indexer: of all layers, [L]
     cache: dict[str, Any] | None
 
 
@@ -51,19 +53,22 @@ class Transformer(nnx.Module):
         D, V, eps = config.hidden_size, config.vocab_size, config.rms_norm_eps
         init = Init(rngs, config.initializer_range, config.precision)
 
-        def block(init: Init, mlp: MlpConfig | MoeConfig) -> Block:
-            return Block(config.attention, mlp, D, eps=eps, init=init)
+        def block(init: Init, mlp: MlpConfig | MoeConfig, layer: int) -> Block:
+            return Block(config.attention_of(layer), mlp, D, eps=eps, init=init)
 
-        deep = config.moe or config.mlp
+        deep, first, depth = config.moe or config.mlp, config.num_prefix_layers, config.num_stack_layers
         self.embedding = init.normal((V, D), ("vocab", "embed"))
-        self.prefix = nnx.Dict({str(i): block(init, config.mlp) for i in range(config.num_prefix_layers)})
-        self.stack = nnx.vmap(lambda key: block(dataclasses.replace(init, rngs=nnx.Rngs(params=key)), deep))(
-            jax.random.split(rngs.params(), config.num_hidden_layers - config.num_prefix_layers)
-        )
+        self.prefix = nnx.Dict({str(i): block(init, config.mlp, i) for i in range(first)})
+        if config.layers_differ:
+            self.stack = nnx.Dict({str(i): block(init, deep, first + i) for i in range(depth)})
+        else:
+            self.stack = nnx.vmap(lambda key: block(dataclasses.replace(init, rngs=nnx.Rngs(params=key)), deep, first))(
+                jax.random.split(rngs.params(), depth)
+            )
         self.final_norm = RmsNorm(D, eps=eps, init=init)
         self.head = None if config.tie_word_embeddings else init.normal((D, V), ("embed", "vocab"))
-        depth = config.mtp.num_nextn_predict_layers if config.mtp else 0
-        self.mtp = nnx.Dict({str(k): MtpModule(block(init, deep), D, eps=eps, init=init) for k in range(depth)})
+        modules = config.mtp.num_nextn_predict_layers if config.mtp else 0
+        self.mtp = nnx.Dict({str(k): MtpModule(block(init, deep, 0), D, eps=eps, init=init) for k in range(modules)})
 
     # --- pieces, each usable alone -------------------------------------------------------------------------------------------
 
@@ -85,35 +90,39 @@ class Transformer(nnx.Module):
         w = self.head_weight()
         return matmul(hidden_BTD, w.T if self.head is None else w, precision)
 
-    def context(self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None) -> Context:
+    def context(
+        self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, measure: Measure = "nothing"
+    ) -> Context:
         attention = self.config.attention
-        return Context(positions_BT, segment_ids_BT, rotary_tables(attention.rope, attention.rotary_dim, positions_BT))
+        rotary = rotary_tables(attention.rope, attention.rotary_dim, positions_BT)
+        return Context(positions_BT, segment_ids_BT, rotary, measure)
 
     def empty_cache(self, batch: int, length: int) -> dict[str, Any]:
         """One buffer per layer; those of the stack have a leading layer axis."""
-        stack = self.stack
-        layer = next(iter(stack.values())) if isinstance(stack, nnx.Dict) else stack
-        one = layer.attention.empty_cache(batch, length, self.precision.compute_dtype)
 
-        def each(names: Iterable[str]) -> dict[str, Cache]:
-            return {i: jax.tree.map(jnp.copy, one) for i in names}
+        def of(layer: Block) -> Cache:
+            return layer.attention.empty_cache(batch, length, self.precision.compute_dtype)
 
-        if isinstance(stack, nnx.Dict):
-            return {"prefix": each(self.prefix), "stack": each(stack)}
-        depth = self.config.num_hidden_layers - self.config.num_prefix_layers
-        stacked = jax.tree.map(lambda buffer: jnp.zeros((depth, *buffer.shape), buffer.dtype), one)
+        def each(layers: nnx.Dict) -> dict[str, Cache]:
+            return {i: of(layer) for i, layer in layers.items()}
+
+        if isinstance(self.stack, nnx.Dict):
+            return {"prefix": each(self.prefix), "stack": each(self.stack)}
+        depth = self.config.num_stack_layers
+        stacked = jax.tree.map(lambda buffer: jnp.zeros((depth, *buffer.shape), buffer.dtype), of(self.stack))
         return {"prefix": each(self.prefix), "stack": stacked}
 
     def with_layers_apart(self) -> "Transformer":
         """The same model, each layer of the stack with its own parameters: nothing is sliced, and nothing scanned."""
+        if isinstance(self.stack, nnx.Dict):
+            return self
         graph, state = nnx.split(self.stack)
-        depth = self.config.num_hidden_layers - self.config.num_prefix_layers
 
         def layer(i: int) -> nnx.Module:
             return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], state))
 
         model = nnx.merge(*nnx.split(self))
-        model.stack = nnx.Dict({str(i): layer(i) for i in range(depth)})
+        model.stack = nnx.Dict({str(i): layer(i) for i in range(self.config.num_stack_layers)})
         return model
 
     # --- the whole -----------------------------------------------------------------------------------------------------------
@@ -124,57 +133,78 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None = None,
         cache: dict[str, Any] | None = None,
+        *,
+        measure: Measure = "nothing",
     ) -> Output:
-        """Hidden states of a packed batch (segment_ids_BT given), or of the next tokens of cached rows (cache given)."""
+        """Hidden states of a packed batch (segment_ids_BT given), or of the next tokens of cached rows (cache given).
+
+        measure: what indexers are to report of packed batches.
+        """
         if (segment_ids_BT is None) == (cache is None):
             raise ValueError("give segment_ids_BT (packed rows) or cache (generation), one of the two")
-        context = self.context(positions_BT, segment_ids_BT)
+        context = self.context(positions_BT, segment_ids_BT, measure)
         x_BTD = self.embed(tokens_BT)
-        prefix_cache: dict[str, Cache | None] = {}
-        for i, layer in self.prefix.items():
-            run = self._remat(lambda x_BTD, cache, layer=layer: layer(x_BTD, context, cache), x_BTD)
-            x_BTD, _, prefix_cache[i] = run(x_BTD, cache and cache["prefix"][i])
-        x_BTD, stats, stack_cache = self._run_stack(x_BTD, context, cache and cache["stack"])
-        if stats is not None:
-            stats = stats._replace(balance_loss=jnp.sum(stats.balance_loss))
+        x_BTD, prefix, prefix_cache, selected_BTW = self._run_apart(
+            self.prefix, x_BTD, context, cache and cache["prefix"], None
+        )
+        x_BTD, stack, stack_cache = self._run_stack(x_BTD, context, cache and cache["stack"], selected_BTW)
+        experts = _joined([stats.experts for stats in stack])
+        if experts is not None:
+            experts = experts._replace(balance_loss=jnp.sum(experts.balance_loss))
+        stats = BlockStats(experts, _joined([stats.indexer for stats in (*prefix, *stack)]), None)
         new_cache = None if cache is None else {"prefix": prefix_cache, "stack": stack_cache}
         return Output(self.final_norm(x_BTD), stats, new_cache)
 
-    def _run_stack(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, BlockStats | None, Any]:
+    def _run_stack(
+        self, x_BTD: jax.Array, context: Context, cache: Any, selected_BTW: jax.Array | None
+    ) -> tuple[jax.Array, list[BlockStats], Any]:
+        """The stats of a scan are one entry, whose arrays have a leading layer axis."""
         if isinstance(self.stack, nnx.Dict):
-            return self._run_apart(self.stack, x_BTD, context, cache)
+            return self._run_apart(self.stack, x_BTD, context, cache, selected_BTW)[:3]
         graph, state = nnx.split(self.stack)
 
         def layer(x_BTD, layer_state_and_cache):
             layer_state, layer_cache = layer_state_and_cache
-            x_BTD, stats, layer_cache = nnx.merge(graph, layer_state)(x_BTD, context, layer_cache)
-            return x_BTD, (stats, layer_cache)
+            x_BTD, stats, layer_cache = nnx.merge(graph, layer_state)(x_BTD, context, layer_cache, selected_BTW)
+            return x_BTD, (stats._replace(selected_BTW=None), layer_cache)  # all of these select, or none does
 
         layer = self._remat(layer, x_BTD, scanned=self.config.scan_layers)
         if self.config.scan_layers:
             x_BTD, (stats, cache) = jax.lax.scan(layer, x_BTD, (state, cache))
-            return x_BTD, stats, cache
+            return x_BTD, [stats], cache
         outputs = []
-        for i in range(self.config.num_hidden_layers - self.config.num_prefix_layers):
+        for i in range(self.config.num_stack_layers):
             x_BTD, output = layer(x_BTD, jax.tree.map(lambda leaf, i=i: leaf[i], (state, cache)))
             outputs.append(output)
         stats, cache = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-        return x_BTD, stats, cache
+        return x_BTD, [stats], cache
 
     def _run_apart(
-        self, layers: nnx.Dict, x_BTD: jax.Array, context: Context, cache: dict[str, Cache] | None
-    ) -> tuple[jax.Array, BlockStats | None, dict[str, Cache | None] | None]:
-        stats: list[BlockStats | None] = []
+        self,
+        layers: nnx.Dict,
+        x_BTD: jax.Array,
+        context: Context,
+        cache: dict[str, Cache] | None,
+        selected_BTW: jax.Array | None,
+    ) -> tuple[jax.Array, list[BlockStats], dict[str, Cache | None] | None, jax.Array | None]:
+        reports: list[BlockStats] = []
         new_cache: dict[str, Cache | None] = {}
         for i, layer in layers.items():
-            run = self._remat(lambda x_BTD, cache, layer=layer: layer(x_BTD, context, cache), x_BTD)
-            x_BTD, layer_stats, new_cache[i] = run(x_BTD, cache and cache[i])
-            stats.append(layer_stats)
-        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats), None if cache is None else new_cache
+            run = self._remat(lambda *args, layer=layer: layer(args[0], context, *args[1:]), x_BTD)
+            x_BTD, stats, new_cache[i] = run(x_BTD, cache and cache[i], selected_BTW)
+            selected_BTW = stats.selected_BTW
+            reports.append(jax.tree.map(lambda leaf: leaf[None], stats._replace(selected_BTW=None)))
+        return x_BTD, reports, None if cache is None else new_cache, selected_BTW
 
     def predict_ahead(
-        self, hidden_BTD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
-    ) -> list[tuple[jax.Array, BlockStats | None]]:
+        self,
+        hidden_BTD: jax.Array,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        *,
+        measure: Measure = "nothing",
+    ) -> list[tuple[jax.Array, BlockStats]]:
         """Hidden states of each MTP module: entry k - 1 at position t predicts token t + 1 + k.
 
         tokens_BT holds at t the token t + 1; segment_ids_BT is 0 wherever that token is of another document. The last k positions
@@ -182,7 +212,7 @@ class Transformer(nnx.Module):
         """
         ahead = []
         for module in self.mtp.values():
-            context = self.context(positions_BT, segment_ids_BT)
+            context = self.context(positions_BT, segment_ids_BT, measure)
             run = self._remat(
                 lambda h_BTD, e_BTD, module=module, context=context: module(h_BTD, e_BTD, context), hidden_BTD
             )
@@ -199,6 +229,12 @@ class Transformer(nnx.Module):
             return fn
         # Inside a scan nothing can merge the recomputation with the first pass, so the barriers against that are left out.
         return jax.checkpoint(fn, policy=REMAT_POLICIES[remat], prevent_cse=not scanned)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Statistics of all layers from those of some after those of others; None where there are none at all."""
+    parts = [part for part in parts if part is not None]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts) if parts else None
 
 
 def shift_left(x: jax.Array) -> jax.Array:
@@ -241,9 +277,29 @@ class TransformerConfig:
                 " (moe=none for an all-dense model)"
             )
 
+        types = self.attention.indexer_types if isinstance(self.attention, DsaConfig) else None
+        if types is not None and (len(types) != self.num_hidden_layers or types[0] == "shared"):
+            raise ValueError(
+                f"attention.indexer_types={types} must say of each of num_hidden_layers={self.num_hidden_layers} layers what it "
+                "has, and begin with full"
+            )
+
     @property
     def num_prefix_layers(self) -> int:
         return self.first_k_dense_replace if self.moe else 0
+
+    @property
+    def num_stack_layers(self) -> int:
+        return self.num_hidden_layers - self.num_prefix_layers
+
+    def attention_of(self, layer: int) -> AttentionConfig:
+        """Of one layer; that of an MTP module is as of layer 0."""
+        return self.attention.of_layer(layer) if isinstance(self.attention, DsaConfig) else self.attention
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether the layers of the stack cannot be one scan, since some share the indexers of others."""
+        return len({self.attention_of(layer) for layer in range(self.num_prefix_layers, self.num_hidden_layers)}) > 1
 
     def remat_of(self, length: int) -> Remat:
         """What is recomputed in rows of so many tokens."""

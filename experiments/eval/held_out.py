@@ -1,6 +1,7 @@
 """Loss and bits per byte on held-out documents."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 from experiments.config import ExperimentConfig
 from experiments.data.pipeline import Data
 from experiments.feed import place
-from experiments.step import make_eval_step
+from experiments.step import indexer_metrics, make_eval_step
 from mdl.pure import PureModel, Tree
 
 
@@ -25,19 +26,27 @@ class HeldOut:
     def exists(self) -> bool:
         return len(self._rows) > 0
 
-    def scores(self, state: Tree) -> dict[str, float]:
-        """val/loss in nats per target and val/bpb; of the averaged parameters too, as val/ema_…, where the run keeps them."""
+    def scores(self, state: Tree) -> dict[str, Any]:
+        """val/loss in nats per target and val/bpb; of the averaged parameters too, as val/ema_…, where the run keeps them. What
+        sparse attention's indexers are worth as val/indexer/…, each layer's own as arrays."""
         scores = self._score(state["params"], state["buffers"], "val/")
         if "ema" in state:
             scores |= self._score(state["ema"], state["buffers"], "val/ema_")
         return scores
 
-    def _score(self, params: Tree, buffers: Tree, prefix: str) -> dict[str, float]:
-        total = np.zeros(2, np.float64)  # on the host in float64: a million float32 additions would round
+    def _score(self, params: Tree, buffers: Tree, prefix: str) -> dict[str, Any]:
+        total = None
         for start in range(0, len(self._rows), self._batch_size):
-            total += np.asarray(jax.device_get(self._eval_step(params, buffers, self._batch(start))), np.float64)
-        nll, targets = total
-        return {f"{prefix}loss": nll / targets, f"{prefix}bpb": nll / math.log(2) / self._bytes}
+            sums = jax.device_get(self._eval_step(params, buffers, self._batch(start)))
+            sums = jax.tree.map(np.float64, sums)  # a million float32 additions would round
+            total = sums if total is None else jax.tree.map(np.add, total, sums)
+        assert total is not None
+        means = indexer_metrics(jax.tree.map(lambda sum_L: sum_L / total.tokens, total.indexer))
+        return {
+            f"{prefix}loss": total.nll / total.targets,
+            f"{prefix}bpb": total.nll / math.log(2) / self._bytes,
+            **{f"{prefix}{name}": value for name, value in means.items() if name != "loss/indexer"},
+        }
 
     def _batch(self, start: int) -> dict[str, jax.Array]:
         """Rows start.. of all processes; padding (segment 0) fills the last batch."""

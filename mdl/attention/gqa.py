@@ -33,16 +33,41 @@ class Gqa(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        q_BTNK, k_BTZK, v_BTZK = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTNK, k_BTZK = self.q_norm(q_BTNK), self.k_norm(k_BTZK)
-        q_BTNK = apply_rotary(q_BTNK, context.rotary, interleaved=False)
-        k_BSZK, v_BSZK = apply_rotary(k_BTZK, context.rotary, interleaved=False), v_BTZK
+        q_BTNK, entries = self.queries(self.query_latent(x_BTD), context), self.entries(x_BTD, context)
         if cache is not None:
-            cache = write(cache, {"k": k_BSZK, "v": v_BSZK}, context.positions_BT)
-            k_BSZK, v_BSZK = cache["k"], cache["v"]
-        o_BTNK = attend(q_BTNK, k_BSZK, v_BSZK, scale=self.config.head_dim**-0.5, context=context)
+            entries = cache = write(cache, entries, context.positions_BT)
+        k_BSZK, v_BSZK = self.keys_and_values(entries)
+        o_BTNK, _ = attend(q_BTNK, k_BSZK, v_BSZK, scale=self.config.softmax_scale, mask=context.mask(k_BSZK.shape[1]))
         return self.o_proj(o_BTNK), cache
+
+    # --- pieces, which DSA uses too, by the names that they have in MLA ---------------------------------------------------------
+
+    def query_latent(self, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD
+
+    def queries(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        q_BTNK = self.q_proj(x_BTD)
+        if self.q_norm is not None:
+            q_BTNK = self.q_norm(q_BTNK)
+        return apply_rotary(q_BTNK, context.rotary, interleaved=False)
+
+    def entries(self, x_BTD: jax.Array, context: Context) -> Cache:
+        k_BTZK = self.k_proj(x_BTD)
+        if self.k_norm is not None:
+            k_BTZK = self.k_norm(k_BTZK)
+        return {"k": apply_rotary(k_BTZK, context.rotary, interleaved=False), "v": self.v_proj(x_BTD)}
+
+    def keys_and_values(self, entries: Cache) -> tuple[jax.Array, jax.Array]:
+        return entries["k"], entries["v"]
+
+    def as_cached(self, entries: Cache) -> tuple[jax.Array, jax.Array]:
+        return self.keys_and_values(entries)
+
+    def absorbed(self, q_BTNK: jax.Array) -> jax.Array:
+        return q_BTNK
+
+    def expanded(self, o_BTNK: jax.Array) -> jax.Array:
+        return o_BTNK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,13 +94,22 @@ class GqaConfig:
         return self.head_dim
 
     @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @property
     def cache_width(self) -> int:
         """Numbers per token of one layer's cache."""
         return 2 * self.num_key_value_heads * self.head_dim
 
+    @property
+    def flops_per_pair(self) -> int:
+        """Of one query and one key over all heads: 2 N K multiply-adds."""
+        return 4 * self.num_attention_heads * self.head_dim
+
     def flops_per_query(self, seq_len: int) -> float:
-        """Scores and weighted values of an average query of a causal sequence: 2 N K multiply-adds for each key."""
-        return 4 * self.num_attention_heads * self.head_dim * (seq_len + 1) / 2
+        """Scores and weighted values of an average query of a causal sequence."""
+        return self.flops_per_pair * (seq_len + 1) / 2
 
     def build(self, hidden_size: int, *, eps: float, init: Init) -> Gqa:
         return Gqa(self, hidden_size, eps=eps, init=init)

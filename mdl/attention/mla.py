@@ -56,43 +56,48 @@ class Mla(nnx.Module):
     def attend_expanded(self, q_BTNK: jax.Array, entries: Cache, context: Context) -> jax.Array:
         """o_BTNU with the keys and values of every head."""
         k_BSNK, v_BSNU = self.keys_and_values(entries)
-        return attend(q_BTNK, k_BSNK, v_BSNU, scale=self.config.softmax_scale, context=context)
+        mask = context.mask(k_BSNK.shape[1])
+        return attend(q_BTNK, k_BSNK, v_BSNU, scale=self.config.softmax_scale, mask=mask)[0]
 
     def attend_absorbed(self, q_BTNK: jax.Array, cache: Cache, context: Context) -> jax.Array:
-        """The same o_BTNU on the latents: q · (k_up c) = (q k_up) · c, and the sum of p (v_up c) is v_up of the sum of p c.
-
-        Queries stand at consecutive positions, the last ones of their row that the cache holds (V2 report, section 2.1.2).
-        """
-        precision = self.kv_b_proj.precision
-        w_CNX = self.kv_b_proj.gathered_weight()
-        k_up_CNH, v_up_CNU = jnp.split(w_CNX, [self.config.qk_nope_head_dim], axis=-1)
-        q_BTNH, q_BTNR = jnp.split(q_BTNK, [self.config.qk_nope_head_dim], axis=-1)
-
-        def local(q_btnH, q_btnR, latent_bSC, rope_bSR, positions_bt, k_up_CnH, v_up_CnU):
-            q_btnC = jnp.einsum(
-                "btnH,CnH->btnC", q_btnH, k_up_CnH, preferred_element_type=precision.accumulation_dtype
-            ).astype(q_btnH.dtype)
-            o_btnC, _ = mla_decode(
-                q_btnC,
-                q_btnR,
-                LatentCache(latent_bSC, rope_bSR),
-                positions_bt[:, -1] + 1,
-                scale=self.config.softmax_scale,
-            )
-            return jnp.einsum(
-                "btnC,CnU->btnU", o_btnC, v_up_CnU, preferred_element_type=precision.accumulation_dtype
-            ).astype(q_btnH.dtype)
-
-        heads, rows = sharding.spec("batch", None, "heads", None), sharding.spec("batch", None, None)
-        weights = sharding.gathered(*self.kv_b_proj.weight.axes)
-        run = sharding.local(
-            local,
-            in_specs=(heads, heads, rows, rows, sharding.spec("batch", None), weights, weights),
-            out_specs=heads,
-        )
-        return run(q_BTNH, q_BTNR, cache["latent"], cache["rotary_key"], context.positions_BT, k_up_CNH, v_up_CNU)
+        """The same o_BTNU on the latents. Queries stand at consecutive positions, the last ones that a cache holds of a row."""
+        latents = LatentCache(cache["latent"], cache["rotary_key"])
+        return self.expanded(self.decode(self.absorbed(q_BTNK), latents, context.positions_BT[:, -1] + 1))
 
     # --- pieces, which DSA uses too ------------------------------------------------------------------------------------------
+
+    def decode(self, q_BTNK: jax.Array, latents: LatentCache, lengths_B: jax.Array) -> jax.Array:
+        """o_BTNC of absorbed queries, the last ones of their rows, over the first lengths_B latents."""
+
+        def decode_locally(q_btnK, latents: LatentCache, lengths_b):
+            q_btnC, q_btnR = jnp.split(q_btnK, [self.config.kv_lora_rank], axis=-1)
+            return mla_decode(q_btnC, q_btnR, latents, lengths_b, scale=self.config.softmax_scale)[0]
+
+        heads, rows = sharding.spec("batch", None, "heads", None), sharding.spec("batch")
+        return sharding.local(decode_locally, in_specs=(heads, rows, rows), out_specs=heads)(q_BTNK, latents, lengths_B)
+
+    def as_cached(self, entries: Cache) -> tuple[jax.Array, None]:
+        """k_BSZK with one head for all absorbed queries: the latents, which are the values too, and the rotary keys."""
+        return jnp.concatenate([entries["latent"], entries["rotary_key"]], axis=-1)[:, :, None], None
+
+    def absorbed(self, q_BTNK: jax.Array) -> jax.Array:
+        """Queries, now of K = C + R, whose keys are latents and rotary keys: q · (k_up c) = (q k_up) · c (V2 report, 2.1.2)."""
+        k_up_CNH, _ = self._up()
+        q_BTNH, q_BTNR = jnp.split(q_BTNK, [self.config.qk_nope_head_dim], axis=-1)
+        return jnp.concatenate([self._per_head("BTNH,CNH->BTNC", q_BTNH, k_up_CNH), q_BTNR], axis=-1)
+
+    def expanded(self, o_BTNC: jax.Array) -> jax.Array:
+        """o_BTNU of what absorbed queries gathered: the sum of p (v_up c) is v_up of the sum of p c."""
+        return self._per_head("BTNC,CNU->BTNU", o_BTNC, self._up()[1])
+
+    def _up(self) -> tuple[jax.Array, jax.Array]:
+        """k_up_CNH, v_up_CNU"""
+        k_up_CNH, v_up_CNU = jnp.split(self.kv_b_proj.gathered_weight(), [self.config.qk_nope_head_dim], axis=-1)
+        return k_up_CNH, v_up_CNU
+
+    def _per_head(self, dims: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        accumulation = self.kv_b_proj.precision.accumulation_dtype
+        return jnp.einsum(dims, x, w, preferred_element_type=accumulation).astype(x.dtype)
 
     def query_latent(self, x_BTD: jax.Array) -> jax.Array:
         """What queries are projected from: the normed latent, x itself without one."""

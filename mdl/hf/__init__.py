@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from mdl.hf import deepseek_v2, deepseek_v3, deepseek_v32, llama, qwen3, qwen3_moe
+from mdl.hf import deepseek_v2, deepseek_v3, deepseek_v32, glm_moe_dsa, llama, qwen3, qwen3_moe
 from mdl.hf.fields import Fields
 from mdl.hf.table import Table
 from mdl.moe.transport_ring import RingConfig
@@ -34,6 +34,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": deepseek_v3,
     "deepseek_v2": deepseek_v2,
     "deepseek_v32": deepseek_v32,
+    "glm_moe_dsa": glm_moe_dsa,
     "llama": llama,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,

@@ -57,7 +57,8 @@ TABLE = Table(
 )
 
 
-def model_config(fields: Fields) -> TransformerConfig:
+def model_config(fields: Fields, *, dense_layers: int | None = None) -> TransformerConfig:
+    """dense_layers: how many come first, where another field than first_k_dense_replace decides it."""
     fields.only("topk_method", "noaux_tc")
     fields.only("scoring_func", "sigmoid")
     router = RouterConfig(
@@ -73,6 +74,7 @@ def model_config(fields: Fields) -> TransformerConfig:
         router,
         rope_interleave=fields.flag("rope_interleave", True),
         mtp=MtpConfig(num_nextn_predict_layers=modules) if modules else None,
+        dense_layers=dense_layers,
     )
 
 
@@ -94,7 +96,12 @@ def router_sizes(fields: Fields, groups: int | None = None) -> dict[str, Any]:
 
 
 def transformer(
-    fields: Fields, router: RouterConfig, *, rope_interleave: bool, mtp: MtpConfig | None
+    fields: Fields,
+    router: RouterConfig,
+    *,
+    rope_interleave: bool,
+    mtp: MtpConfig | None,
+    dense_layers: int | None = None,
 ) -> TransformerConfig:
     """The config of a V2 or V3 model around its router."""
     sizes = shared(fields)
@@ -104,7 +111,8 @@ def transformer(
     fields.only("head_dim", rotary)  # in these files the rotary width, not that of a head
     fields.only("qk_head_dim", head_dim)
     fields.only("moe_layer_freq", 1)
-    dense = fields.integer("first_k_dense_replace", 0)
+    stated = fields.integer("first_k_dense_replace", 0)
+    dense = stated if dense_layers is None else dense_layers
     experts = MoeConfig(
         moe_intermediate_size=fields.integer("moe_intermediate_size"),
         n_shared_experts=fields.integer("n_shared_experts", 0),

@@ -26,9 +26,15 @@ TABLE = dataclasses.replace(deepseek_v3.TABLE, layer=(*V3_ROWS, *INDEXER_ROWS))
 
 
 def model_config(fields: Fields) -> TransformerConfig:
+    return sparse(fields, indexer_rope_interleave=False)
+
+
+def sparse(fields: Fields, *, indexer_rope_interleave: bool) -> TransformerConfig:
+    """What this family and its relatives have in common; every layer has an indexer."""
     fields.only("rope_interleave", True)
-    fields.only("indexer_rope_interleave", False)
-    config = deepseek_v3.model_config(fields)
+    fields.only("indexer_rope_interleave", indexer_rope_interleave)
+    kinds = fields.texts("mlp_layer_types")  # the published code goes by these where they are given
+    config = deepseek_v3.model_config(fields, dense_layers=kinds.count("dense") if kinds else None)
     dense = ["dense"] * config.num_prefix_layers if config.moe else ["dense"] * config.num_hidden_layers
     _expect(fields, "mlp_layer_types", dense + ["sparse"] * (config.num_hidden_layers - len(dense)))
     _expect(fields, "layer_types", ["indexed_attention"] * config.num_hidden_layers)
@@ -38,6 +44,7 @@ def model_config(fields: Fields) -> TransformerConfig:
         index_n_heads=fields.integer("index_n_heads"),
         index_head_dim=fields.integer("index_head_dim"),
         index_topk=fields.integer("index_topk"),
+        indexer_rope_interleave=indexer_rope_interleave,
     )
     return dataclasses.replace(config, attention=attention)
 

@@ -137,7 +137,11 @@ def bind(table: Table, config: TransformerConfig, shapes: Mapping[str, tuple[int
         found += [_bind_row(row, "", "", 0, shapes) for row in table.tied]
     for i in range(first):
         found += at_layers(table.layer, f"prefix/{i}/", i)
-    found += at_layers(table.layer, "stack/", list(range(first, layers)))
+    if config.layers_differ:
+        for i in range(first, layers):
+            found += at_layers(table.layer, f"stack/{i - first}/", i)
+    else:
+        found += at_layers(table.layer, "stack/", list(range(first, layers)))
     for k in range(modules):
         found += at_layers(table.layer, f"mtp/{k}/block/", layers + k)
         found += at_layers(table.mtp, f"mtp/{k}/", layers + k)

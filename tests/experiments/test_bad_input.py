@@ -84,11 +84,22 @@ ONLY_CONFIG = {
         "model.attention.index_topk=16 selects every key of train.seq_len=16",
         "set it below",
     ),
-    "an indexer in training": (
+    "an indexer without its loss": (
         ["--config.model.attention=DsaConfig", "--config.model.attention.index_topk=8"],
-        "the indexer cannot be trained yet",
-        "model.attention=MlaConfig",
+        "loss.indexer_loss_weight is none",
+        "set it (to 1)",
     ),
+    "an indexer's loss without one": (
+        ["--config.loss.indexer_loss_weight=1"],
+        "loss.indexer_loss_weight is set but model.attention has no indexer",
+        "model.attention=DsaConfig",
+    ),
+    "no query latent to score by": (
+        ["--config.model.attention=DsaConfig", "--config.model.attention.dense.q_lora_rank=none"],
+        "dense.q_lora_rank is none",
+        "set its width",
+    ),
+    "nothing to train": (["--config.train.trainable="], "trainable=() trains nothing", "none trains every parameter"),
     "sequence beyond positions": (
         ["--config.train.seq_len=65"],
         "train.seq_len=65",

@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.config import ExperimentConfig, LossConfig, TrainConfig
+from experiments.errors import UserError
+from experiments.optim import trainable
 from experiments.optim.adamw import AdamWConfig
 from experiments.optim.schedule import PiecewiseConfig
 from experiments.step import init_state, load_metrics, make_eval_step, make_train_step
@@ -178,6 +180,51 @@ def test_ema(state, stepped):
         assert "norm" in path or not np.array_equal(average, leaves(state["ema"])[path]), path
 
 
+def test_frozen_parameters_rest(state, stepped):
+    """They keep their bits, have no moments, and their gradients, which others are divided by when clipped, do not count."""
+    patterns = ("*/kv_b_proj/*", "head")
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, trainable=patterns))
+    trained, _ = trainable.split(state["params"], patterns)
+    opt = jax.tree.map(np.asarray, config.optim.build(10).init(trained))
+    step = jax.jit(make_train_step(config, MODEL), compiler_options=FAST_COMPILE)
+    after, metrics = jax.device_get(step({**state, "opt": opt}, batch(1), jnp.float32(0)))
+
+    whole, _ = stepped(1)
+    grads, moved = leaves(whole["opt"].mu), leaves(whole["params"])
+    of_trained = leaves(trained).keys()
+    assert len(of_trained) == 4  # of the prefix, the stack, the MTP module, and the head
+    for path, leaf in leaves(after["params"]).items():
+        if path in of_trained:
+            np.testing.assert_allclose(leaf, moved[path], rtol=1e-5, atol=1e-6, err_msg=path)
+        else:
+            np.testing.assert_array_equal(leaf, leaves(state["params"])[path], err_msg=path)
+    assert leaves(after["opt"].mu).keys() == of_trained
+    want = np.sqrt(
+        sum(np.sum(np.square(grads[path] / 0.5)) for path in of_trained)
+    )  # the first moment is half the gradient
+    np.testing.assert_allclose(metrics["grad_norm"], want, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "parts"),
+    [
+        ("*/indexer/*", ("train.trainable=*/indexer/* matches no parameter", "paths look like")),
+        ("*/kv_b_porj/*", ("did you mean kv_b_proj?",)),
+    ],
+)
+def test_patterns_that_match_nothing_are_refused(pattern, parts):
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, trainable=("head", pattern)))
+    with pytest.raises(UserError) as refused:
+        config.check_parameters()
+    assert all(part in str(refused.value) for part in parts), refused.value
+
+
+def test_biases_of_frozen_routers_would_move():
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, trainable=("head",)))
+    with pytest.raises(UserError, match=r"set loss\.bias_update_speed=none"):
+        config.check_parameters()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing_but_counters(state, bad):
     params = jax.tree.map(np.copy, state["params"])
@@ -236,7 +283,8 @@ def test_load_metrics_by_hand():
 
 def test_evaluation_is_the_main_loss(state, stepped):
     rows = {name: x[0] for name, x in batch(1).items()}
-    total, count = jax.jit(make_eval_step(MODEL))(state["params"], state["buffers"], rows)
-    segments = rows["segment_ids"]
+    sums = jax.jit(make_eval_step(MODEL))(state["params"], state["buffers"], rows)
+    total, count, segments = sums.nll, sums.targets, rows["segment_ids"]
+    assert sums.indexer is None and sums.tokens == np.sum(segments[:, :-1] > 0)
     assert count == np.sum((segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] > 0))
     np.testing.assert_allclose(total / count, stepped(1)[1]["loss/main"], rtol=ROUNDING)

@@ -166,7 +166,7 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0}  # half the time; what XLA 
 
 
 @functools.cache
-def gradient_of(config):
+def gradient_of(config, indexer=0.0):
     """(params, buffers, batch [1, B, T + 1], mtp weight, balance weight) -> (gradients, terms)."""
 
     @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
@@ -174,13 +174,14 @@ def gradient_of(config):
     def run(params, buffers, batch, mtp, balance):
         counts = count_targets(batch["segment_ids"], config.mtp.num_nextn_predict_layers if config.mtp else 0)
         micro_batch = {name: x[0] for name, x in batch.items()}
-        terms = loss_terms(pure(config).merge(params, buffers), micro_batch, LossWeights(mtp, balance, Z), counts)
+        weights = LossWeights(mtp, balance, Z, indexer)
+        terms = loss_terms(pure(config).merge(params, buffers), micro_batch, weights, counts)
         return terms.loss, terms
 
     return run
 
 
-def result(config, batch=BATCH, *, mtp=0.5, balance=0.7):
+def result(config, batch=BATCH, *, mtp=0.5, balance=0.7, indexer=0.0):
     tree = parameters(config)
-    grads, terms = gradient_of(config)(tree["params"], tree["buffers"], batch, mtp, balance)
+    grads, terms = gradient_of(config, indexer)(tree["params"], tree["buffers"], batch, mtp, balance)
     return leaves(grads), jax.device_get(terms)

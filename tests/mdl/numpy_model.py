@@ -104,7 +104,8 @@ def attend(q, k, v, scale, keys=None):
     return np.stack([softmax(q[t] @ k[keys[t]].T * scale) @ v[keys[t]] for t in range(len(q))])
 
 
-def mla(x, p, c: MlaConfig, keys=None):
+def mla_heads(x, p, c: MlaConfig):
+    """q, k and v of each head, and what their logits are multiplied by."""
     T, H = len(x), c.qk_nope_head_dim
     w = {name: value["weight"] for name, value in p.items()}
     q_input, q_up = (x, w["q_proj"]) if c.q_lora_rank is None else (None, w.get("q_b_proj"))
@@ -120,25 +121,33 @@ def mla(x, p, c: MlaConfig, keys=None):
     scale = 1 / math.sqrt(c.qk_nope_head_dim + c.qk_rope_head_dim)
     if isinstance(c.rope, YarnConfig) and c.rope.mscale_all_dim:
         scale *= mscale(c.rope.factor, c.rope.mscale_all_dim) ** 2
-    out = np.zeros_like(x)
+    heads = []
     for head in range(c.num_attention_heads):
         q, kv = q_input @ q_up[:, head], latent @ w["kv_b_proj"][:, head]
         q = np.concatenate([q[:, :H], rotated(q[:, H:])], axis=1)
         k = np.concatenate([kv[:, :H], shared_key], axis=1)
-        out += attend(q, k, kv[:, H:], scale, keys) @ w["o_proj"][head]
-    return out
+        heads.append((q, k, kv[:, H:]))
+    return heads, scale
+
+
+def mla(x, p, c: MlaConfig, keys=None):
+    heads, scale = mla_heads(x, p, c)
+    outputs = p["o_proj"]["weight"]
+    return sum(attend(q, k, v, scale, keys) @ outputs[head] for head, (q, k, v) in enumerate(heads))
 
 
 def index_scores(x, p, c: DsaConfig):
     """[T, T] of one document, the future included: one head and one pair of tokens at a time."""
     w = {name: p["indexer"][name]["weight"] for name in ("wq_b", "wk", "k_norm")}
-    R = c.dense.qk_rope_head_dim
+    R = c.dense.rotary_dim
 
     def rotated(a, t):
         head = turned(a[:R], t, c.dense.rope, interleaved=c.indexer_rope_interleave)
         return np.concatenate([real(head), a[R:]])
 
-    latent = rms_norm(x @ p["dense"]["q_a_proj"]["weight"], p["dense"]["q_a_norm"]["weight"], 1e-6)
+    latent = x
+    if isinstance(c.dense, MlaConfig):
+        latent = rms_norm(x @ p["dense"]["q_a_proj"]["weight"], p["dense"]["q_a_norm"]["weight"], 1e-6)
     keys = []
     for t, token in enumerate(x):
         a = token @ w["wk"]
@@ -159,11 +168,41 @@ def selected(scores, k) -> list[list[int]]:
     return [sorted(range(t + 1), key=lambda s, row=row: (-row[s], s))[:k] for t, row in enumerate(scores)]
 
 
-def dsa(x, p, c: DsaConfig):
-    return mla(x, p["dense"], c.dense, selected(index_scores(x, p, c), c.index_topk))
+def chosen(scores, c: DsaConfig) -> list[list[int]]:
+    """The best keys of each token, and the latest, itself among them."""
+    found = []
+    for t, row in enumerate(scores):
+        latest = list(range(max(t + 1 - c.index_window, 0), t + 1)) if c.index_window else []
+        older = sorted(range(t + 1 - len(latest)), key=lambda s, row=row: (-row[s], s))
+        found.append(sorted(older[: c.index_topk - c.index_window] + latest))
+    return found
 
 
-def gqa(x, p, c, eps):
+def keys_of(scores, c: DsaConfig):
+    return selected(scores, len(scores)) if c.warmup else chosen(scores, c)
+
+
+def dsa(x, p, c: DsaConfig, eps):
+    of_mla, of_gqa = functools.partial(mla, c=c.dense), functools.partial(gqa, c=c.dense, eps=eps)
+    dense = of_mla if isinstance(c.dense, MlaConfig) else of_gqa
+    return dense(x, p["dense"], keys=keys_of(index_scores(x, p, c), c))
+
+
+def indexer_terms(x, p, c: DsaConfig):
+    """Sums over the tokens of one document: KL of attention to the indexer (eqs. 3 and 4) and to uniform, and what share of the
+    attention to all keys the selected ones hold."""
+    heads, scale = mla_heads(x, p["dense"], c.dense)
+    scores = index_scores(x, p, c)
+    kl = uniform = recall = 0.0
+    for t, (keys, best) in enumerate(zip(keys_of(scores, c), chosen(scores, c), strict=True)):
+        target = np.mean([softmax(scale * k[keys] @ q[t]) for q, k, _ in heads], axis=0)
+        kl += np.sum(target * np.log(target / softmax(scores[t, keys])))
+        uniform += np.sum(target * np.log(target * len(keys)))
+        recall += np.mean([softmax(scale * k[: t + 1] @ q[t])[best].sum() for q, k, _ in heads])
+    return kl, uniform, recall
+
+
+def gqa(x, p, c, eps, keys=None):
     w = {name: value["weight"] for name, value in p.items()}
 
     def prepared(a, norm):
@@ -175,13 +214,13 @@ def gqa(x, p, c, eps):
     for head in range(c.num_attention_heads):
         group = head * c.num_key_value_heads // c.num_attention_heads
         q, k = prepared(x @ w["q_proj"][:, head], "q_norm"), prepared(x @ w["k_proj"][:, group], "k_norm")
-        out += attend(q, k, x @ w["v_proj"][:, group], c.head_dim**-0.5) @ w["o_proj"][head]
+        out += attend(q, k, x @ w["v_proj"][:, group], c.head_dim**-0.5, keys) @ w["o_proj"][head]
     return out
 
 
 def attention(x, p, c, eps):
     if isinstance(c, DsaConfig):
-        return dsa(x, p, c)
+        return dsa(x, p, c, eps)
     return mla(x, p, c) if isinstance(c, MlaConfig) else gqa(x, p, c, eps)
 
 

@@ -18,6 +18,7 @@ from mdl.linear import Init
 from mdl.mlp import Mlp
 from mdl.norm import LayerNorm, RmsNorm
 from mdl.rope import RopeConfig, YarnConfig, rotary_tables
+from mdl.transformer import TransformerConfig
 
 D, EPS = 16, 1e-3  # an epsilon large enough to see which norms use it
 CASES = {
@@ -34,6 +35,8 @@ CASES = {
     "dsa_interleaved_indexer": dataclasses.replace(V32.attention, indexer_rope_interleave=True, index_head_dim=8),
     # With one head every negative product is an exact zero: many equal scores at the boundary.
     "dsa_ties": dataclasses.replace(V32.attention, index_n_heads=1, index_topk=5),
+    "dsa_window": dataclasses.replace(V32.attention, index_window=2),
+    "dsa_over_gqa": DsaConfig(dense=QWEN.attention, index_n_heads=2, index_head_dim=10, index_topk=4),
     "dsa_all_keys": dataclasses.replace(V32.attention, index_topk=10),
 }
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0, 0], [1] * 10, [0] * 10], np.int32)
@@ -104,6 +107,11 @@ def test_mlp():
         (lambda: MlaConfig(qk_rope_head_dim=5), "qk_rope_head_dim is 5"),
         (lambda: DsaConfig(index_topk=0), "index_topk is 0"),
         (lambda: DsaConfig(index_n_heads=0), "index_n_heads is 0"),
+        (lambda: DsaConfig(index_topk=8, index_window=8), "index_window=8 must be at least 0 and below index_topk=8"),
+        (
+            lambda: TransformerConfig(attention=DsaConfig(indexer_types=("full", "shared"))),
+            "must say of each of num_hidden_layers=4 layers",
+        ),
         (
             lambda: DsaConfig(dense=MlaConfig(q_lora_rank=None)),
             "q_lora_rank is none: the indexer reads the query latent",

@@ -15,12 +15,14 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from models import BATCH, FAST_COMPILE, FLOAT32, V32, gradient_of, leaves, parameters, pure, random_tree, result
+from numpy_model import indexer_terms, selected
 
 from experiments.loading import LoadedModel, find_model
 from mdl.attention import dsa
 from mdl.attention.core import Context
-from mdl.attention.dsa import Dsa, DsaConfig, Indexer, select
+from mdl.attention.dsa import Dsa, DsaConfig, Indexer
 from mdl.attention.mla import Mla
+from mdl.attention.selection import Index, select
 from mdl.linear import Init
 from mdl.norm import LayerNorm
 from mdl.precision import PrecisionConfig
@@ -48,6 +50,17 @@ def loaded() -> LoadedModel:
 # ---- against code that this project did not write
 
 
+def scores_of(index: Index) -> np.ndarray:
+    """[B, T, S] of all keys, visible or not; eq. 1 in float64."""
+    q, w, k = (np.asarray(a, np.float64) for a in index)
+    return np.einsum("BTI,BTIS->BTS", w, np.maximum(np.einsum("BTIJ,BSJ->BTIS", q, k), 0))
+
+
+def is_selected(index_BTW: jax.Array, num_keys: int) -> np.ndarray:
+    """Bool [B, T, S]"""
+    return np.any(np.asarray(index_BTW)[..., None] == np.arange(num_keys), axis=2)
+
+
 @functools.cache
 def scores_and_choices() -> list[tuple[np.ndarray, np.ndarray]]:
     """Of every layer, each from the golden output of the layer before."""
@@ -66,13 +79,13 @@ def scores_and_choices() -> list[tuple[np.ndarray, np.ndarray]]:
         found = []
         for block, x_BTD in zip(blocks, x_LBTD, strict=True):
             x_BTD, attention = block.attention_norm(x_BTD), block.attention
-            q_BTIJ = attention.indexer.queries(attention.dense.query_latent(x_BTD), context)
-            w_BTI, k_BTJ = attention.indexer.head_weights(x_BTD), attention.indexer.keys(x_BTD, context)
-            scores_BTS = attention.indexer.scores(q_BTIJ, w_BTI, k_BTJ)
-            found.append((scores_BTS, select(scores_BTS, context.visible(48), model.config.attention.index_topk)))
+            keys_BTJ = attention.indexer.keys(x_BTD, context)
+            index = attention.indexer(x_BTD, attention.dense.query_latent(x_BTD), keys_BTJ, context)
+            found.append((index, select(index, context.mask(48), model.config.attention.index_topk)))
         return found
 
-    return jax.device_get(quick_jit(run)(jax.device_get(model.arrays), inputs))
+    found = quick_jit(run)(jax.device_get(model.arrays), inputs)
+    return [(scores_of(index), is_selected(index_BTW, 48)) for index, index_BTW in found]
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -101,8 +114,11 @@ def without_bias(self: LayerNorm, x):
     return (x - jnp.mean(x, axis=-1, keepdims=True)) / jnp.std(x, axis=-1, keepdims=True) * self.weight[...]
 
 
-def scores_without_relu(self: Indexer, q_BTIJ, w_BTI, k_BSJ):
-    return jnp.einsum("BTI,BTIJ,BSJ->BTS", w_BTI, q_BTIJ, k_BSJ)
+def select_without_relu(index: Index, mask, topk):
+    scores_BTS = jnp.einsum("BTI,BTIJ,BSJ->BTS", index.w_BTI, index.q_BTIJ, index.k_BSJ)
+    visible_BTS = mask.array(*scores_BTS.shape)
+    best_BTW, index_BTW = jax.lax.top_k(jnp.where(visible_BTS, scores_BTS, -jnp.inf), topk)
+    return jnp.where(best_BTW == -jnp.inf, scores_BTS.shape[-1], index_BTW)
 
 
 def latent_before_its_norm(monkeypatch):
@@ -131,7 +147,7 @@ MISTAKES = {
     "one key too many": (lambda c: dataclasses.replace(c, index_topk=13), None),
     "key norm RMS": (None, lambda m: m.setattr(LayerNorm, "__call__", root_mean_square)),
     "key norm without bias": (None, lambda m: m.setattr(LayerNorm, "__call__", without_bias)),
-    "no relu": (None, lambda m: m.setattr(Indexer, "scores", scores_without_relu)),
+    "no relu": (None, lambda m: m.setattr(dsa, "select", select_without_relu)),
     "latent before its norm": (None, latent_before_its_norm),
     "weights of one sign": (None, positive_weights),
 }
@@ -170,40 +186,6 @@ def test_without_a_mistake_nothing_shows():
     )
 
 
-# ---- choices
-
-
-def test_select_by_hand():
-    inf = np.inf
-    scores = np.array([[3.0, 9, 9, 9], [2, 0, 0, 0], [0, 0, 0, 9], [-1, -3, -2, 5], [-inf, 4, -inf, 0]], np.float32)
-    visible = np.array([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
-    want = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]], bool)
-    np.testing.assert_array_equal(select(jnp.asarray(scores)[None], jnp.asarray(visible)[None], 2)[0], want)
-
-
-@pytest.mark.parametrize("k", [1, 3, 16, 40])
-def test_select_takes_k_keys_or_all_that_are_visible(k):
-    rng = np.random.default_rng(k)
-    scores = np.maximum(rng.standard_normal((2, 16, 16)), 0).astype(np.float32)  # half of them equal
-    visible = rng.random((2, 16, 16)) < 0.7
-    got = np.asarray(jax.jit(select, static_argnums=2)(scores, visible, k))
-    assert not np.any(got & ~visible)
-    np.testing.assert_array_equal(got.sum(-1), np.minimum(visible.sum(-1), k))
-    lowest_taken = np.where(got, scores, np.inf).min(-1)
-    highest_left = np.where(visible & ~got, scores, -np.inf).max(-1)
-    assert np.all(lowest_taken >= highest_left)
-
-
-def test_scores_do_not_depend_on_how_many_queries_are_done_at_once(monkeypatch):
-    indexer = with_random_parameters(V32.attention).indexer
-    rng = np.random.default_rng(0)
-    q, w, k = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 11, 2, 10), (2, 11, 2), (2, 13, 10)))
-    whole = indexer.scores(q, w, k)
-    monkeypatch.setattr(dsa, "QUERIES_AT_ONCE", 4)
-    assert whole.shape == (2, 11, 13)
-    np.testing.assert_allclose(indexer.scores(q, w, k), whole, rtol=1e-6, atol=1e-6)
-
-
 # ---- one layer
 
 D, T = 16, 12
@@ -236,13 +218,61 @@ def test_an_output_depends_on_its_own_token_and_the_selected_ones_only():
     jacobian_TDTD = quick_jit(jax.jacrev(lambda x_TD: module(x_TD[None], context)[0][0]))(x_BTD[0])
     depends = np.abs(jacobian_TDTD).max(axis=(1, 3)) > 0
 
-    q_BTIJ = module.indexer.queries(module.dense.query_latent(x_BTD), context)
-    scores_BTS = module.indexer.scores(q_BTIJ, module.indexer.head_weights(x_BTD), module.indexer.keys(x_BTD, context))
-    selected = np.asarray(select(scores_BTS, context.visible(T), 4))[0]
+    keys_BTJ = module.indexer.keys(x_BTD, context)
+    index = module.indexer(x_BTD, module.dense.query_latent(x_BTD), keys_BTJ, context)
+    chosen = is_selected(select(index, context.mask(T), 4), T)[0]
     own = np.eye(T, dtype=bool) & (np.asarray(context.segment_ids_BT)[0] > 0)
-    np.testing.assert_array_equal(depends, selected | own)
-    np.testing.assert_array_equal(selected.sum(-1), [1, 2, 3, 4, 4, 4, 4, 1, 2, 3, 4, 0])
+    np.testing.assert_array_equal(depends, chosen | own)
+    np.testing.assert_array_equal(chosen.sum(-1), [1, 2, 3, 4, 4, 4, 4, 1, 2, 3, 4, 0])
+    for first, end in ((0, 7), (7, 11)):  # by their scores, document by document
+        want = selected(scores_of(index)[0, first:end, first:end], 4)
+        assert [(np.flatnonzero(row) - first).tolist() for row in chosen[first:end]] == [sorted(row) for row in want]
     assert np.any(depends[4:7] != np.tril(np.ones((T, T), bool))[4:7])
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+@pytest.mark.parametrize(("index_topk", "index_window"), [(1, 0), (4, 0), (4, 2), (100, 0)])
+def test_what_an_indexer_reports_and_learns_from(index_topk, index_window, warmup):
+    """Values, and the gradient by central differences, against float64 NumPy; padding counts for nothing."""
+    config = dataclasses.replace(V32.attention, index_topk=index_topk, index_window=index_window, warmup=warmup)
+    module, context = with_random_parameters(config), packed_context(config)
+    context = dataclasses.replace(context, measure="recall")
+    graph, variables = nnx.split(module)
+    params = nnx.to_pure_dict(variables)
+    x_TD = np.random.default_rng(6).standard_normal((T, D)).astype(np.float32)
+
+    def stats(params):
+        filled = jax.tree.map(lambda leaf: leaf, variables)
+        nnx.replace_by_pure_dict(filled, params)
+        return nnx.merge(graph, filled)(jnp.asarray(x_TD[None]), context).indexer
+
+    def expected(params):
+        return np.sum(
+            [indexer_terms(x_TD[first:end].astype(np.float64), params, config) for first, end in ((0, 7), (7, 11))],
+            axis=0,
+        )
+
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    np.testing.assert_allclose(jnp.stack(quick_jit(stats)(params)), expected(wide), rtol=ROUNDING, atol=ROUNDING)
+    if index_topk == 1 and not warmup:
+        return  # one key has all of the attention and all of the indexer's, whatever it has learnt
+
+    grads = leaves(quick_jit(jax.grad(lambda params: stats(params).kl))(params))
+    rng = np.random.default_rng(7)
+    for path in (path for path in grads if "['indexer']" in path):
+        direction = rng.standard_normal(grads[path].shape)
+
+        def moved(step, path=path, direction=direction):
+            return expected(
+                jax.tree_util.tree_map_with_path(
+                    lambda p, leaf: leaf + step * direction if jax.tree_util.keystr(p) == path else leaf, wide
+                )
+            )[0]
+
+        want = (moved(1e-6) - moved(-1e-6)) / 2e-6
+        np.testing.assert_allclose(
+            np.sum(grads[path] * direction), want, rtol=1e-4, atol=1e-4 * np.linalg.norm(grads[path]), err_msg=path
+        )
 
 
 @pytest.mark.parametrize("index_topk", [T, 100])
@@ -255,7 +285,7 @@ def test_all_keys_selected_is_the_dense_attention(index_topk):
 
 
 def test_what_is_float32_in_a_bfloat16_model():
-    """Head weights, from parameters kept in float32 as published, and scores; the rest in bfloat16."""
+    """Head weights, from parameters kept in float32 as published; the rest in bfloat16."""
     config = V32.attention
     precision = PrecisionConfig(param="bfloat16", compute="bfloat16")
     params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: with_random_parameters(config, precision))))
@@ -266,41 +296,68 @@ def test_what_is_float32_in_a_bfloat16_model():
     @quick_jit
     def run(x_BTD):
         module, context = with_random_parameters(config, precision), packed_context(config)
-        q_BTIJ = module.indexer.queries(module.dense.query_latent(x_BTD), context)
-        w_BTI, k_BTJ = module.indexer.head_weights(x_BTD), module.indexer.keys(x_BTD, context)
-        return module(x_BTD, context)[0], module.indexer.scores(q_BTIJ, w_BTI, k_BTJ), q_BTIJ, w_BTI, k_BTJ
+        latent_BTQ, keys_BTJ = module.dense.query_latent(x_BTD), module.indexer.keys(x_BTD, context)
+        return module(x_BTD, context)[0], module.indexer(x_BTD, latent_BTQ, keys_BTJ, context)
 
     x_BTD = jnp.asarray(np.random.default_rng(5).standard_normal((1, T, D)), jnp.bfloat16)
-    out_BTD, scores_BTS, *parts = run(x_BTD)
-    assert [a.dtype for a in (out_BTD, *parts)] == [jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.bfloat16]
-    q, w, k = (np.asarray(a, np.float64) for a in parts)
-    want = np.einsum("BTI,BTIS->BTS", w, np.maximum(np.einsum("BTIJ,BSJ->BTIS", q, k) / np.sqrt(10), 0))
-    # Nothing is rounded to bfloat16 on the way, which would show at 4e-3.
-    np.testing.assert_allclose(scores_BTS, want, rtol=1e-5, atol=1e-5)
+    out_BTD, index = run(x_BTD)
+    assert [a.dtype for a in (out_BTD, *index)] == [jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.bfloat16]
 
 
 # ---- the whole model
 
-SMALL = dataclasses.replace(V32, num_hidden_layers=2, mtp=None)
+SMALL = dataclasses.replace(V32, num_hidden_layers=2)
+LAYERS = 3  # with the MTP module's
+STAGES = {
+    "warmup": dataclasses.replace(SMALL, attention=dataclasses.replace(V32.attention, warmup=True)),
+    "sparse": SMALL,
+}
 
 
-def test_no_gradient_reaches_an_indexer():
-    grads, _ = result(SMALL)
-    of_indexer = {path for path in grads if "['indexer']" in path}
-    assert len(of_indexer) == 2 * 5  # of the prefix and of the stack
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_loss_reaches_its_own_parameters_only(stage):
+    """The text's no indexer, and the indexers' nothing else: there the gradient is the same, bit for bit, with and without it."""
+    without, terms = result(STAGES[stage])
+    grads, with_loss = result(STAGES[stage], indexer=2.0)
+    of_indexers = {path for path in grads if "['indexer']" in path}
+    assert len(of_indexers) == 5 * LAYERS  # of the prefix, the stack and the MTP module
     for path, grad in grads.items():
-        assert np.any(grad != 0) == (path not in of_indexer), path
+        if path in of_indexers:
+            assert np.any(grad != 0) and not np.any(without[path] != 0), path
+        else:
+            np.testing.assert_array_equal(grad, without[path], err_msg=path)
+            assert np.any(grad != 0), path
+    assert terms.indexer is None
+    assert with_loss.indexer.kl.shape == (LAYERS,) and np.all(with_loss.indexer.kl > 0)
+    np.testing.assert_allclose(with_loss.loss, terms.loss + 2 * with_loss.indexer.kl.sum(), rtol=1e-6)
 
 
-def test_eight_devices_give_what_one_gives():
-    want_grads, want_terms = result(SMALL)
+@pytest.mark.parametrize("stage", STAGES)
+def test_parts_of_a_row_are_the_whole(stage, monkeypatch):
+    """5 of 12 queries at a time, the last part smaller: the same losses and gradients."""
+    want_grads, want = result(STAGES[stage], indexer=2.0)
+    monkeypatch.setattr(dsa, "QUERIES", 5)
+    gradient_of.cache_clear()
+    grads, got = result(STAGES[stage], indexer=2.0)
+    gradient_of.cache_clear()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=ROUNDING)
+    for path, grad in grads.items():
+        np.testing.assert_allclose(grad, want_grads[path], rtol=0, atol=ROUNDING * np.abs(want_grads[path]).max())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_eight_devices_give_what_one_gives(stage):
+    config = STAGES[stage]
+    want_grads, want_terms = result(config, indexer=2.0)
     mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2).build()
     with jax.set_mesh(mesh):
-        shardings = jax.tree.map(lambda s: NamedSharding(mesh, s.sharding.spec), pure(SMALL).abstract())
-        tree = jax.device_put(parameters(SMALL), shardings)
+        shardings = jax.tree.map(lambda s: NamedSharding(mesh, s.sharding.spec), pure(config).abstract())
+        tree = jax.device_put(parameters(config), shardings)
         batch = jax.device_put(BATCH, NamedSharding(mesh, spec(None, "batch", None)))
-        grads, terms = gradient_of(SMALL)(tree["params"], tree["buffers"], batch, 0.5, 0.7)
+        grads, terms = gradient_of(config, 2.0)(tree["params"], tree["buffers"], batch, 0.5, 0.7)
     np.testing.assert_allclose(terms.loss, want_terms.loss, rtol=ROUNDING)
+    np.testing.assert_allclose(terms.indexer.kl, want_terms.indexer.kl, rtol=ROUNDING)
     for path, grad in leaves(grads).items():
         atol = ROUNDING * np.abs(want_grads[path]).max()
         np.testing.assert_allclose(grad, want_grads[path], rtol=0, atol=atol, err_msg=path)

@@ -120,7 +120,7 @@ def run_layers(pure, arrays, batch):
     found = {"embed_out": x_BTD}
     outputs = {"attn_out": [], "mlp_out": [], "layer_out": []}
     for i, block in enumerate(blocks):
-        attended_BTD, _ = block.attention(block.attention_norm(x_BTD), context)
+        attended_BTD = block.attention(block.attention_norm(x_BTD), context)[0]
         normed_BTD = block.mlp_norm(x_BTD + attended_BTD)
         if isinstance(block.mlp, Mlp):
             y_BTD = block.mlp(normed_BTD)

@@ -108,6 +108,14 @@ MODELS = {
     "dense latent attention": ("deepseek_v3", {"moe": None, "first_k_dense_replace": 0, "rms_norm_eps": 1e-5}),
     "groups by their best": ("deepseek_v2", {"moe": MoeConfig(router=V2_ROUTER)}),
     "sparse attention": ("deepseek_v32", {"attention": DsaConfig(index_topk=7), "mtp": MtpConfig()}),
+    "shared indexers": (
+        "glm_moe_dsa",
+        {
+            "attention": DsaConfig(indexer_rope_interleave=True, indexer_types=("full", "shared", "full", "shared")),
+            "mtp": MtpConfig(),
+        },
+    ),
+    "indexers of their own": ("glm_moe_dsa", {"attention": DsaConfig(indexer_rope_interleave=True)}),
     "dense": ("llama", {"attention": GqaConfig(head_dim=10), "moe": None, "first_k_dense_replace": 0}),
     "llama3": (
         "llama",
