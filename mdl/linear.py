@@ -38,24 +38,42 @@ class Init:
         return nnx.Param(jnp.zeros(shape, self.precision.param_dtype), axes=axes)
 
 
-def matmul(x: jax.Array, w: jax.Array, precision: PrecisionConfig, *, num_contracted: int = 1) -> jax.Array:
-    """x [B, T, *in] times w [*in, *out] -> [B, T, *out]; each output dim keeps the sharding of the dim that it comes from.
+def matmul(
+    x: jax.Array,
+    w: jax.Array,
+    axes: tuple[str | None, ...],
+    precision: PrecisionConfig,
+    *,
+    num_contracted: int = 1,
+    out_dtype: jnp.dtype | None = None,
+) -> jax.Array:
+    """x [B, T, *in] times the parameter w [*in, *out], whose dims are named `axes` -> [B, T, *out].
 
-    A contraction over a split dim is summed across devices. Computes in the compute dtype, accumulates in the accumulation dtype.
-    The product itself has two dims a side: with more, XLA:CPU copies operands of the backward products.
+    Dims of `out` are split as those of w, less what only splits it in memory; a contraction over a split dim is summed across
+    devices. Computes in the compute dtype, accumulates in the accumulation dtype. The product itself has two dims a side: with
+    more, XLA:CPU copies operands of the backward products.
     """
-    rows, out = x.shape[:2], w.shape[num_contracted:]
-    x_spec, w_spec = sharding.spec_of(x), sharding.spec_of(w)
-    # Of merged dims only the first may be split.
-    x_MI = sharding.reshape(x, (math.prod(rows), -1), P(x_spec[0], x_spec[2]))
-    w_IO = sharding.reshape(w, (-1, math.prod(out)), P(w_spec[0], w_spec[num_contracted]))
-    y_MO = jnp.matmul(
-        x_MI,
-        w_IO,
-        preferred_element_type=precision.accumulation_dtype,
-        out_sharding=sharding.optional_sharding(P(x_spec[0], w_spec[num_contracted])),
-    ).astype(precision.compute_dtype)
-    return sharding.reshape(y_MO, (*rows, *out), P(*x_spec[:2], *w_spec[num_contracted:]))
+    dtype, used = precision.compute_dtype, sharding.gathered(*axes)
+
+    def product(x_btI, w_IO):
+        w_IO = sharding.gather(w_IO, dtype, *axes)
+        rows, out = x_btI.shape[:2], w_IO.shape[num_contracted:]
+        y_MO = jnp.matmul(
+            x_btI.astype(dtype).reshape(math.prod(rows), -1),
+            w_IO.reshape(-1, math.prod(out)),
+            preferred_element_type=precision.accumulation_dtype,
+        )
+        if sharding.mesh_is_set() and any(used[:num_contracted]):
+            y_MO = jax.lax.psum(y_MO, "tensor")
+        return y_MO.astype(out_dtype or dtype).reshape(*rows, *out)
+
+    rows = sharding.spec("batch", None)
+    return sharding.local(
+        product,
+        in_specs=(P(*rows, *used[:num_contracted]), sharding.spec(*axes)),
+        out_specs=P(*rows, *used[num_contracted:]),
+        vary=sharding.ROWS,  # along `tensor` only what is split differs
+    )(x, w)
 
 
 class Linear(nnx.Module):
@@ -69,11 +87,10 @@ class Linear(nnx.Module):
         self.weight = init.normal((*in_dims, *out_dims), axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        w = self.gathered_weight()
-        return matmul(x.astype(self.precision.compute_dtype), w, self.precision, num_contracted=self.num_contracted)
+        return matmul(x, self.weight[...], self.weight.axes, self.precision, num_contracted=self.num_contracted)
 
     def gathered_weight(self) -> jax.Array:
-        """The weight in the compute dtype, whole along the row axes; the cast comes before the gather, so that less is moved."""
+        """The weight in the compute dtype, whole where it only is split in memory; the cast comes first, so that less is moved."""
         return sharding.reshard(
             self.weight[...].astype(self.precision.compute_dtype), sharding.gathered(*self.weight.axes)
         )

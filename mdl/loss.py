@@ -89,13 +89,13 @@ def cross_entropy(
     model: Transformer, hidden_BTD: jax.Array, target_BT: jax.Array, valid_BT: jax.Array, *, z_loss: float = 0.0
 ) -> CrossEntropy:
     """The loss of the output head, computed in chunks: [B, T, V] logits never exist."""
-    tied = model.head is None
+    tied, weight = model.head is None, model.head_parameter
 
     def sums(hidden_btD, w, target_bt, valid_bt):
         weight_m = valid_bt.reshape(-1)
         loss, aux = linear_cross_entropy(
             hidden_btD.reshape(-1, hidden_btD.shape[-1]),
-            w,
+            sharding.gather(w, hidden_btD.dtype, *weight.axes),
             target_bt.reshape(-1),
             weight_m,
             z_loss=z_loss,
@@ -106,13 +106,12 @@ def cross_entropy(
         return jax.lax.psum(parts, sharding.ROWS) if sharding.mesh_is_set() else parts
 
     rows = sharding.spec("batch", None)
-    head = ("vocab", "embed") if tied else ("embed", "vocab")
     return sharding.local(
         sums,
-        in_specs=(sharding.spec("batch", None, None), sharding.gathered(*head), rows, rows),
+        in_specs=(sharding.spec("batch", None, None), sharding.spec(*weight.axes), rows, rows),
         out_specs=P(),
         vary=sharding.ROWS,  # along `tensor` only the vocabulary is split; the op sums over it
-    )(hidden_BTD, model.head_weight(), target_BT, valid_BT.astype(jnp.float32))
+    )(hidden_BTD, weight[...], target_BT, valid_BT.astype(jnp.float32))
 
 
 def loss_terms(

@@ -5,11 +5,12 @@ shards (kernels, expert dispatch, the loss) enters `shard_map` through `local`, 
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
@@ -18,14 +19,17 @@ AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")  # mesh axes over which batch rows are split
 
 # Logical axis of a parameter or activation -> mesh axes. Ordered, one line each; absent means replicated.
+STORED = {  # split where parameters lie, whole where they are used
+    "embed": "fsdp",
+    "latent": "fsdp",  # of matrices that expand a latent, the widest outside of the experts
+}
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ROWS,
     "vocab": "tensor",
     "heads": "tensor",
     "mlp": "tensor",
     "experts": "expert",
-    "embed": "fsdp",
-    "latent": "fsdp",  # of matrices that expand a latent, the widest outside of the experts
+    **STORED,
 }
 
 
@@ -75,8 +79,8 @@ def spec(*logical: str | None) -> P:
 
 
 def gathered(*logical: str | None) -> P:
-    """Spec of a parameter where it is used: split as stored, but whole along the row axes (FSDP gathers it)."""
-    return P(*(None if RULES.get(name or "") == "fsdp" else RULES.get(name or "") for name in logical))
+    """Spec of a parameter where it is used: split as stored, but whole along the axes of STORED."""
+    return P(*(None if name is None or name in STORED else RULES.get(name) for name in logical))
 
 
 def mesh_is_set() -> bool:
@@ -103,12 +107,6 @@ def spec_of(x: jax.Array) -> P:
     return jax.typeof(x).sharding.spec if mesh_is_set() else P(*(None,) * x.ndim)
 
 
-def reshape(x: jax.Array, shape: tuple[int, ...], partition: P) -> jax.Array:
-    """`jnp.reshape` to an array that is split as `partition` says."""
-    sizes = tuple(x.size // -math.prod(shape) if size == -1 else size for size in shape)
-    return jax.lax.reshape(x, sizes, out_sharding=optional_sharding(partition))
-
-
 def axis_size(axis: str) -> int:
     """Devices along a mesh axis; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
@@ -128,6 +126,38 @@ def local(fn: Callable, in_specs: Any, out_specs: Any, *, vary: tuple[str, ...] 
         return fn(*jax.tree.map(lambda x: varying(x, vary), args))
 
     return jax.shard_map(enter, in_specs=in_specs, out_specs=out_specs)
+
+
+def gather(w: jax.Array, dtype: jnp.dtype, *logical: str | None) -> jax.Array:
+    """Inside `local`: a parameter that came as `spec` says, as `gathered` has it, in the dtype of the products with it.
+
+    It travels in that dtype. Its gradient is summed in float32 at least, and each device gets its own part only.
+    """
+    dims = tuple(
+        (dim, STORED[name]) for dim, name in enumerate(logical) if name in STORED and axis_size(STORED[name]) > 1
+    )
+    return _gather(w.astype(jnp.promote_types(dtype, jnp.float32)), dtype, dims)
+
+
+Dims = tuple[tuple[int, str], ...]  # dims and the mesh axes that split them
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(w: jax.Array, dtype: jnp.dtype, dims: Dims) -> jax.Array:
+    w = w.astype(dtype)
+    for dim, axes in dims:
+        w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    return w
+
+
+def _gather_bwd(dtype: jnp.dtype, dims: Dims, _: None, dw: jax.Array) -> tuple[jax.Array]:
+    dw = dw.astype(jnp.promote_types(dtype, jnp.float32))
+    for dim, axes in dims:
+        dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True)
+    return (dw,)
+
+
+_gather.defvjp(lambda w, *static: (_gather(w, *static), None), _gather_bwd)
 
 
 def varying(x: jax.Array, axes: tuple[str, ...] = AXES) -> jax.Array:

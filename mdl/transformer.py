@@ -73,22 +73,38 @@ class Transformer(nnx.Module):
     # --- pieces, each usable alone -------------------------------------------------------------------------------------------
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        table_VD = self.embedding[...].astype(self.precision.compute_dtype)
-        table_VD = sharding.reshard(table_VD, sharding.gathered(*self.embedding.axes))
-        return table_VD.at[tokens_BT].get(
-            out_sharding=sharding.optional_sharding(sharding.spec("batch", None, None)), mode="clip"
-        )
+        """The tokens' rows of the embedding; beyond the vocabulary those of its last token."""
+        axes, dtype = self.embedding.axes, self.precision.compute_dtype
+        last = self.embedding.shape[0] - 1
 
-    def head_weight(self) -> jax.Array:
-        """w_DV in the compute dtype, gathered over the row axes; w_VD, the embedding, if they are tied."""
-        weight = self.embedding if self.head is None else self.head
-        return sharding.reshard(weight[...].astype(self.precision.compute_dtype), sharding.gathered(*weight.axes))
+        def local(table_VD, tokens_bt):
+            table_vD = sharding.gather(table_VD, dtype, *axes)
+            row_bt = jnp.clip(tokens_bt, 0, last)
+            if not sharding.mesh_is_set():
+                return table_vD.at[row_bt].get(mode="promise_in_bounds")
+            row_bt = row_bt - jax.lax.axis_index("tensor") * table_vD.shape[0]
+            is_here_bt = (row_bt >= 0) & (row_bt < table_vD.shape[0])
+            x_btD = table_vD.at[jnp.where(is_here_bt, row_bt, 0)].get(mode="promise_in_bounds")
+            return jax.lax.psum(jnp.where(is_here_bt[..., None], x_btD, 0), "tensor")
+
+        return sharding.local(
+            local,
+            in_specs=(sharding.spec(*axes), sharding.spec("batch", None)),
+            out_specs=sharding.spec("batch", None, None),
+            vary=sharding.ROWS,
+        )(self.embedding[...], tokens_BT)
+
+    @property
+    def head_parameter(self) -> nnx.Param:
+        """w_DV; w_VD, the embedding, if they are tied."""
+        return self.embedding if self.head is None else self.head
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Scores of every token of the vocabulary, [B, T, V] in the logits dtype; training never calls this."""
-        precision = dataclasses.replace(self.precision, compute=self.precision.logits)
-        w = self.head_weight()
-        return matmul(hidden_BTD, w.T if self.head is None else w, precision)
+        w, axes = self.head_parameter[...], self.head_parameter.axes
+        if self.head is None:
+            w, axes = w.T, axes[::-1]
+        return matmul(hidden_BTD, w, axes, self.precision, out_dtype=jnp.dtype(self.precision.logits))
 
     def context(
         self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, measure: Measure = "nothing"

@@ -38,7 +38,10 @@ def dispatch(
     if is_split and (platform := sharding.platform()):
         check_platform(transport, platform)
 
-    def local(x_btD, index_btX, weight_btX, gate_eDf, up_eDf, down_efD):
+    matrices = (experts.gate_EDF, experts.up_EDF, experts.down_EFD)
+
+    def local(x_btD, index_btX, weight_btX, *stored):
+        gate_eDf, up_eDf, down_efD = (sharding.gather(w, dtype, *p.axes) for w, p in zip(stored, matrices, strict=True))
         own = Rows(*(a.reshape(-1, a.shape[-1]) for a in (x_btD, index_btX, weight_btX)))
         expected = own.index_MX.size // (transport.num_parts if is_split else 1)  # as many choices come as leave
 
@@ -58,15 +61,14 @@ def dispatch(
             )
         return y_MD.reshape(x_btD.shape), traffic
 
-    parameters = (experts.gate_EDF, experts.up_EDF, experts.down_EFD)
     rows = P(sharding.ROWS, None, None)
     return sharding.local(
         local,
-        in_specs=(rows, rows, rows, *(sharding.gathered(*p.axes) for p in parameters)),
+        in_specs=(rows, rows, rows, *(sharding.spec(*p.axes) for p in matrices)),
         out_specs=(rows, P()),
     )(
         x_BTD,
         index_BTX,
         weight_BTX.astype(dtype),
-        *(sharding.reshard(p[...].astype(dtype), sharding.gathered(*p.axes)) for p in parameters),
+        *(p[...] for p in matrices),
     )
