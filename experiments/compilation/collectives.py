@@ -60,7 +60,14 @@ def collectives(program: Program, num_devices: int, devices_per_host: int | None
 
 def _kind(run: Run) -> str | None:
     opcode = run.instruction.opcode.removesuffix("-start")
+    if opcode == "all-reduce" and run.fused and _is_only_sliced(run):  # how XLA:TPU writes a reduce-scatter
+        return "reduce-scatter"
     return opcode if opcode in _SENT else None
+
+
+def _is_only_sliced(run: Run) -> bool:
+    users = [each for each in run.computation.values() if run.instruction.name in each.operands]
+    return bool(users) and all(each.opcode in ("dynamic-slice", "slice") for each in users)
 
 
 def _seen_before(run: Run, seen: set[tuple[str, str]]) -> bool:

@@ -23,7 +23,10 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         f"batch        {batch['rows']} rows of {batch['seq_len']} tokens in {batch['micro_batches']} micro-batches of {rows}, "
         f"{per_device:g} rows a device"
     )
-    yield f"compiled     in {found['compile_seconds']:.0f} s, after {found['trace_seconds']:.0f} s of tracing"
+    yield (
+        f"compiled     in {found['compile_seconds']:.0f} s, after {found['trace_seconds']:.0f} s of tracing; "
+        f"{found['processor_seconds']:.0f} s of processor time"
+    )
     parts = ", ".join(f"{name} {memory[name] / GIB:.3g}" for name in ("arguments", "outputs", "temporaries"))
     verdict = "fits" if found["fits"] else "does not fit"
     yield f"memory       GiB: {parts}; peak {memory['peak'] / GIB:.3g} of {memory['hbm'] / GIB:.1f}: {verdict}"

@@ -42,7 +42,8 @@ def figures(config: ExperimentConfig, cluster: Cluster, step: CompiledStep) -> d
         "batch": {"rows": train.batch_size, "seq_len": train.seq_len, "micro_batches": train.grad_accum_steps},
         "trace_seconds": step.trace_seconds,
         "compile_seconds": step.compile_seconds,
-        "memory": {**dataclasses.asdict(step.memory), "peak": step.memory.peak, "hbm": rates.hbm_bytes},
+        "processor_seconds": step.processor_seconds,
+        "memory": {**dataclasses.asdict(step.memory), "hbm": rates.hbm_bytes},
         "fits": step.memory.peak <= rates.hbm_bytes,
         "collectives": [dataclasses.asdict(line) for line in traffic],
         "flops": {

@@ -24,15 +24,12 @@ class DoesNotFit(Exception):  # noqa: N818 (what is said of the step, not that s
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one device while the step runs; `outputs` without those that take an argument's place."""
+    """Bytes of one device while the step runs, as the compiler reports them."""
 
     arguments: int
-    outputs: int
-    temporaries: int
-
-    @property
-    def peak(self) -> int:
-        return self.arguments + self.outputs + self.temporaries
+    outputs: int  # without those that take an argument's place
+    temporaries: int  # all together; not all of them exist at the same time
+    peak: int  # the most that exists at any one time, arguments and outputs included
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +37,7 @@ class CompiledStep:
     mesh: Mesh
     trace_seconds: float  # tracing and lowering
     compile_seconds: float
+    processor_seconds: float  # of all cores, for both
     memory: Memory
     text: str  # optimized HLO
     flops_once: float | None  # the compiler's own count, in which every loop runs once; XLA:GPU gives none
@@ -47,7 +45,7 @@ class CompiledStep:
 
 def compile_step(config: ExperimentConfig, cluster: Cluster, say: Callable[[str], None]) -> CompiledStep:
     """As `train` builds it, with a state and a batch that are never made. Raises DoesNotFit."""
-    began = time.perf_counter()
+    began, processor_began = time.perf_counter(), time.process_time()
     with cluster.compiling():
         mesh, model = config.mesh.build(cluster.devices), PureModel(config.model)
         # The schedules' constants are made here: under the mesh they would be put on devices that are not there.
@@ -71,10 +69,12 @@ def compile_step(config: ExperimentConfig, cluster: Cluster, say: Callable[[str]
         mesh=mesh,
         trace_seconds=trace_seconds,
         compile_seconds=time.perf_counter() - began - trace_seconds,
+        processor_seconds=time.process_time() - processor_began,
         memory=Memory(
             arguments=sizes.argument_size_in_bytes,
             outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
             temporaries=sizes.temp_size_in_bytes,
+            peak=sizes.peak_memory_in_bytes,
         ),
         text=compiled.as_text() or "",
         flops_once=(compiled.cost_analysis() or {}).get("flops"),

@@ -32,7 +32,7 @@ def test_a_small_step_on_eight_tpus(tmp_path, capsys):
     # Parameters and two moments in float32: all of them less 3 of 4 parts of the experts.
     experts = 16 * 3 * 256 * 176
     assert 0 < memory["arguments"] - 12 * (found["parameters"]["total"] - experts * 3 / 4) < 1e6
-    assert memory["peak"] == memory["arguments"] + memory["outputs"] + memory["temporaries"] < memory["hbm"]
+    assert memory["arguments"] < memory["peak"] < memory["hbm"]
     # Nothing is recomputed; the padding of experts and attention's hidden half come on top.
     assert 1 < flops["program"] / flops["model"] < 2
     assert {line["kind"] for line in found["collectives"]} >= {"all-reduce", "all-gather", "reduce-scatter"}
@@ -40,6 +40,41 @@ def test_a_small_step_on_eight_tpus(tmp_path, capsys):
     assert re.fullmatch(r"traced in \d+ s; compiling for v5e:2x4, which may take minutes\n", printed.err)
     assert re.search(r"^memory .* of 16\.0: fits$", printed.out, re.MULTILINE)
     assert re.search(r"^step .* MFU .*estimates", printed.out, re.MULTILINE)
+
+
+# DeepSeek-V3 with fewer and narrower layers; all else, from MTP to bfloat16 moments, is as it trains.
+SMALL_V3 = ["--config=configs/deepseek_v3.py", "--config.mesh.expert=4", "--config.train.batch_ramp=none"]
+SMALL_V3 += ["--config.train.batch_size=32", "--config.train.grad_accum_steps=4", "--config.train.seq_len=128"]
+SMALL_V3 += [
+    f"--config.model.{field}"
+    for field in (
+        "num_hidden_layers=2",
+        "first_k_dense_replace=0",
+        "vocab_size=1024",
+        "hidden_size=512",
+        "attention.num_attention_heads=4",
+        "attention.q_lora_rank=128",
+        "attention.kv_lora_rank=128",
+        "moe.moe_intermediate_size=256",
+        "moe.router.n_routed_experts=32",
+        "moe.router.num_experts_per_tok=4",
+    )
+]
+
+
+@needs_compilers
+@pytest.mark.parametrize("topology", ["v5p:2x2x2", "h200:1x1x8"])
+def test_a_small_deepseek_v3(topology, tmp_path):
+    code, found = compile_to(tmp_path / "out.json", *SMALL_V3, f"--topology={topology}")
+    assert code == 0 and found["fits"]
+    assert found["mesh"] == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
+    traffic = {(line["kind"], line["group"]): line["bytes"] for line in found["collectives"]}
+    # Tokens travel to experts, parameters to where they are used, and gradients back to where they lie. Little is summed over all
+    # devices: the gradients of matrices are summed over fsdp first, of which each device keeps its part.
+    assert {("all-to-all", 4), ("all-gather", 2), ("reduce-scatter", 2)} <= traffic.keys()
+    assert traffic["all-reduce", 8] < 0.05 * traffic["reduce-scatter", 2]
+    # Everything is computed again in the backward pass, and experts' rows are padded.
+    assert 4 / 3 < found["flops"]["program"] / found["flops"]["model"] < 2
 
 
 def test_what_does_not_fit_is_one_line_and_exit_code_1(monkeypatch, capsys, tmp_path):
