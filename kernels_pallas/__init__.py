@@ -1,6 +1,6 @@
 """Sharding-free numeric ops, one folder per op; knows nothing of meshes or models."""
 
-from kernels_pallas import fp8
+from kernels_pallas import fp8, lightning_indexer
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.mask import Mask
@@ -23,6 +23,7 @@ __all__ = [
     "fp8_grouped_gemm",
     "fp8_matmul",
     "grouped_gemm",
+    "lightning_indexer",
     "linear_cross_entropy",
     "mla_decode",
     "sparse_attention",

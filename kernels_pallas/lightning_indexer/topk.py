@@ -1,7 +1,7 @@
 """Exact choice of the largest scores in each row, by counting: for some hundred of many thousands, with places in order.
 
 A threshold is found by bisection over the bits of the scores, and the places of what reaches it are read off packed bits: a dozen
-passes that count, where sorting takes longer by far (XLA:CPU's top-k of 512 among 16K is some fifteen times slower).
+passes that count. XLA:CPU's top-k of 512 takes ten times the processor time, of 2K keys and of 8K.
 """
 
 import functools

@@ -229,9 +229,8 @@ def _gathered(index_mW: jax.Array, *keys: jax.Array) -> tuple[jax.Array, list[ja
 
 
 def _selected_scores(logits_mWI: jax.Array, w_mI: jax.Array) -> jax.Array:
-    return jnp.sum(
-        jax.nn.relu(jax.lax.optimization_barrier(logits_mWI)) * w_mI[:, None].astype(logits_mWI.dtype), axis=2
-    )
+    logits_mWI = jax.lax.optimization_barrier(logits_mWI)  # as in `_scores`
+    return jnp.sum(jax.nn.relu(logits_mWI) * w_mI[:, None].astype(logits_mWI.dtype), axis=2)
 
 
 def _selected_attention(q_mNK: jax.Array, k_mWX: jax.Array, lse_mN: jax.Array, scale: float) -> jax.Array:
