@@ -10,7 +10,7 @@ from kernels_pallas.aot import CompileCase
 from kernels_pallas.sparse_attention import api
 from kernels_pallas.sparse_attention.shapes import LATENT, SHAPES
 
-EVERY_TIME = {"16 heads train 4K of 32K"}  # forward: of XLA's scatter TPU's compiler thinks for a quarter of a minute
+EVERY_TIME = {"16 heads train 4K of 32K"}  # of the kernels; TPU's compiler thinks long about the backward pass
 SCALE = 192**-0.5
 
 
@@ -26,7 +26,7 @@ def compile_cases() -> Iterator[CompileCase]:
                 implementation=implementation,
                 fn=functools.partial(_forward, implementation),
                 args=(q, k, index),
-                every_time=name in EVERY_TIME,
+                every_time=implementation != "xla" and name in EVERY_TIME,
                 max_registers=168,  # three warpgroups on an SM of Hopper
             )
         yield CompileCase(

@@ -66,8 +66,6 @@ def backward(
     """Gradients of q, k and v from those of the logits, ds = p (dp - delta)."""
     index_MW = in_one_list(index_BTW, k_BSZK.shape[1])
     dtype = lse_BTN.dtype
-    if v_BSZU is None:  # keys are values, of which the columns behind U have no weight
-        dout_BTNU = jnp.pad(dout_BTNU, [(0, 0)] * 3 + [(0, k_BSZK.shape[3] - dout_BTNU.shape[3])])
 
     def one_head(head: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         q_MGK, dout_MGU, lse_MG, delta_MG, k_RK, v_RU = head
@@ -75,7 +73,8 @@ def backward(
         def one_chunk(queries: tuple[jax.Array, ...], sums: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple]:
             q_mGK, dout_mGU, lse_mG, delta_mG, index_mW = queries
             named_mW1, (k_mWK, v_mWU) = _gathered(index_mW, k_RK, v_RU)
-            if v_RU is None:  # one product with both
+            if v_RU is None:  # keys are values, of which the columns behind U have no weight: one product with both
+                dout_mGU = jnp.pad(dout_mGU, ((0, 0), (0, 0), (0, k_RK.shape[1] - dout_mGU.shape[2])))
                 both_mXK = jnp.concatenate([q_mGK, dout_mGU], axis=1)
                 s_mWG, dp_mWG = jnp.split(_dot(k_mWK, both_mXK, 2, 2), 2, axis=2)
             else:
