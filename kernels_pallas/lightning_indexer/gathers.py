@@ -29,8 +29,10 @@ def over_queries(some_queries: Callable, queries: Any, keys: tuple[jax.Array, ..
 
     total = batch * num_queries
     numbers = slots * sum(math.prod(a.shape[1:]) for a in keys)
-    chunks = math.ceil(total / max(1, (CPU_GATHERED if platform() == "cpu" else GATHERED) // numbers))
-    chunk = math.ceil(total / chunks)
+    most = max(1, (CPU_GATHERED if platform() == "cpu" else GATHERED) // numbers)
+    # Padding copies the queries: chunks may be smaller, up to half, to need none.
+    chunk = next((c for c in range(most, most // 2, -1) if total % c == 0), min(most, total))
+    chunks = math.ceil(total / chunk)
 
     def split(a: jax.Array, padding: int = 0) -> jax.Array:
         a = a.reshape(total, *a.shape[2:])
