@@ -132,7 +132,7 @@ class Program:
             elif instruction.opcode == "fusion" or instruction.opcode.startswith("async"):
                 for each in instruction.called:
                     yield from self._walk(each, owner, times, fused=True)
-            elif instruction.opcode == "call":
+            elif instruction.opcode in ("call", "call-start"):  # started: on a core of its own, as TPU v7 gathers
                 for each in instruction.called:
                     yield from self._walk(each, each, times, fused=fused)
             elif instruction.opcode == "conditional":
@@ -213,6 +213,7 @@ _FREE = {
     "while",
     "conditional",
     "call",
+    "call-start",
     "after-all",
     "iota",
 }

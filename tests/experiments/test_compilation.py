@@ -127,6 +127,33 @@ def test_bytes_of_a_collective(text, kind, group, sent, network):
     assert line.network_bytes == pytest.approx(network)
 
 
+def test_a_sum_of_which_a_fusion_keeps_a_slice_is_a_reduce_scatter_and_other_cores_collectives_count():
+    """As XLA:TPU writes the one, and for TPU v7 the other."""
+    program = Program("""HloModule jit_step
+
+%all-reduce-scatter (p.0: f32[64,8]) -> f32[16,8] {
+  %p.0 = f32[64,8]{1,0} parameter(0)
+  %all-reduce.1 = f32[64,8]{1,0} all-reduce(%p.0), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %dynamic-slice.1 = f32[16,8]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={16,8}
+}
+
+%on_another_core (p.1: f32[16,8]) -> f32[64,8] {
+  %p.1 = f32[16,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = f32[64,8]{1,0} all-gather(%p.1), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (x: f32[64,8]) -> f32[64,8] {
+  %x = f32[64,8]{1,0} parameter(0)
+  %part = f32[16,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter
+  %start = ((f32[16,8]{1,0}), f32[64,8]{1,0}, u32[]{:S(8)}) call-start(%part), async_execution_thread="sparsecore", to_apply=%on_another_core
+  ROOT %done = f32[64,8]{1,0} call-done(%start)
+}
+""")
+    found = {line.kind: line.bytes for line in collectives(program, 4, None)}
+    assert found == {"reduce-scatter": 64 * 8 * 4 * 3 / 4, "all-gather": 16 * 8 * 4 * 3}
+
+
 def test_a_compiled_program_of_many_devices():
     """Text of this very compiler: five steps of a product whose contraction is split, summed over the devices of an axis."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
