@@ -150,6 +150,7 @@ GOLDEN_VARIANTS = [
     "deepseek_v3_yarn",
     "deepseek_v2_lite",
     "deepseek_v32",
+    "glm_moe_dsa",
     "qwen3_untied",
     "qwen3_moe",
     "llama",

@@ -27,7 +27,7 @@ from mdl.rope import RopeConfig, YarnConfig, apply_rotary, rotary_tables
 from mdl.sharding import MeshConfig, spec
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-DEEPSEEK = ["deepseek_v3", "deepseek_v3_yarn", "deepseek_v3_mtp", "deepseek_v2_lite", "deepseek_v32"]
+DEEPSEEK = ["deepseek_v3", "deepseek_v3_yarn", "deepseek_v3_mtp", "deepseek_v2_lite", "deepseek_v32", "glm_moe_dsa"]
 VARIANTS = [*DEEPSEEK, "qwen3_untied", "qwen3_moe", "llama"]
 TOLERANCE = 1e-4  # see tests/golden/README.md
 
@@ -92,6 +92,7 @@ def test_input_longer_than_the_original_context(variant):
 @pytest.mark.parametrize(
     ("variant", "mesh"),
     [
+        ("glm_moe_dsa", MeshConfig(data=2, fsdp=2, tensor=2)),
         ("deepseek_v3", MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
         ("deepseek_v3_mtp", MeshConfig(data=1, fsdp=8)),
         ("deepseek_v32", MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
@@ -111,16 +112,15 @@ def run_layers(pure, arrays, batch):
     """Everything that the golden files hold of a forward pass."""
     model, tokens_BT = pure.merge(arrays["params"], arrays["buffers"]), batch["tokens"]
     context = model.context(batch["positions"], batch["segment_ids"])
-    graph, stack = nnx.split(model.stack)
-    depth = model.config.num_hidden_layers - model.config.num_prefix_layers
-    blocks = list(model.prefix.values())
-    blocks += [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stack)) for i in range(depth)]
+    model = model.with_layers_apart()
+    blocks = [*model.prefix.values(), *model.stack.values()]
 
-    x_BTD = model.embed(tokens_BT)
+    x_BTD, selected_BTW = model.embed(tokens_BT), None
     found = {"embed_out": x_BTD}
     outputs = {"attn_out": [], "mlp_out": [], "layer_out": []}
     for i, block in enumerate(blocks):
-        attended_BTD = block.attention(block.attention_norm(x_BTD), context)[0]
+        shared = (None, selected_BTW) if isinstance(model.config.attention, DsaConfig) else ()
+        attended_BTD = block.attention(block.attention_norm(x_BTD), context, *shared)[0]
         normed_BTD = block.mlp_norm(x_BTD + attended_BTD)
         if isinstance(block.mlp, Mlp):
             y_BTD = block.mlp(normed_BTD)
@@ -129,7 +129,8 @@ def run_layers(pure, arrays, batch):
             found[f"router.{i}.logits"] = block.mlp.router.logits(normed_BTD)
             found[f"router.{i}.topk_index"] = routing.index_BTX
             found[f"router.{i}.topk_weight"] = routing.weight_BTX
-        x_BTD, _, _ = block(x_BTD, context)
+        x_BTD, stats, _ = block(x_BTD, context, None, selected_BTW)
+        selected_BTW = stats.selected_BTW
         for name, value in zip(outputs, (attended_BTD, y_BTD, x_BTD), strict=True):
             outputs[name].append(value)
     found |= {name: jnp.stack(values) for name, values in outputs.items()}

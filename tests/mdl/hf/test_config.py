@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from mdl import hf
+from mdl.attention.dsa import DsaConfig
 from mdl.attention.gqa import GqaConfig
 from mdl.attention.mla import MlaConfig
 from mdl.hf import deepseek_v3, fp8
@@ -95,6 +96,42 @@ def test_deepseek_v3_as_published():
     assert config.moe.router.n_group == 8 and config.moe.router.topk_group == 4
     assert config.mtp is not None and config.mtp.num_nextn_predict_layers == 1
     assert config.precision.param == config.precision.compute == "bfloat16"
+
+
+GLM = json.loads((GOLDEN / "glm_moe_dsa" / "config.json").read_text())
+OF_ITS_OWN = {name: value for name, value in GLM.items() if name != "indexer_types"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "letters"),
+    [
+        (GLM, "FFSSF"),
+        (OF_ITS_OWN, "FFFFF"),
+        (OF_ITS_OWN | {"index_topk_pattern": "FSFSS"}, "FSFSS"),
+        (OF_ITS_OWN | {"index_topk_freq": 2}, "FFSFS"),
+        (OF_ITS_OWN | {"index_topk_freq": 4, "index_skip_topk_offset": 3}, "FFFSS"),
+        (GLM | {"index_topk_freq": 4}, "FFSSF"),  # the list decides
+    ],
+)
+def test_which_layers_share_an_indexer(fields, letters):
+    attention = hf.model_config(fields).attention
+    assert isinstance(attention, DsaConfig) and attention.indexer_rope_interleave
+    types = tuple({"F": "full", "S": "shared"}[letter] for letter in letters)
+    assert attention.indexer_types == (None if set(letters) == {"F"} else types)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("indexer_types", ["shared", "full", "full", "full", "full"]),
+        ("indexer_types", ["full", "shared"]),
+        ("indexer_types", ["full", "full", "none", "full", "full"]),
+        ("indexer_rope_interleave", False),
+    ],
+)
+def test_indexers_that_cannot_be(field, value):
+    with pytest.raises(ValueError, match=rf"config\.json: {field}="):
+        hf.model_config(GLM | {field: value})
 
 
 @pytest.mark.parametrize("model_type", ["kimi_k2", "deepseek_v3"])

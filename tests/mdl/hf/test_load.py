@@ -27,6 +27,7 @@ VARIANTS = [
     "deepseek_v3_mtp",
     "deepseek_v2_lite",
     "deepseek_v32",
+    "glm_moe_dsa",
     "qwen3_untied",
     "qwen3_moe",
     "llama",
