@@ -34,6 +34,7 @@ def run(tmp_path, *argv):
     return result["results"]
 
 
+@pytest.mark.slow
 def test_routings_products_and_transports(tmp_path):
     results = run(tmp_path, *TINY)
     rows = {(row["routing"], row["experts"], row["pass"]): row for row in results["layers"]}

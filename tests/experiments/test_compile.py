@@ -63,7 +63,7 @@ SMALL_V3 += [
 
 
 @needs_compilers
-@pytest.mark.parametrize("topology", ["v5p:2x2x2", "h200:1x1x8"])
+@pytest.mark.parametrize("topology", ["v5p:2x2x2", pytest.param("h200:1x1x8", marks=pytest.mark.slow)])
 def test_a_small_deepseek_v3(topology, tmp_path):
     code, found = compile_to(tmp_path / "out.json", *SMALL_V3, f"--topology={topology}")
     assert code == 0 and found["fits"]

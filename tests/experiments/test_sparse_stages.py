@@ -10,6 +10,8 @@ from small_runs import CONFIG, checkpoint, metrics
 from experiments import run
 from experiments.generate import main as generate
 
+pytestmark = pytest.mark.slow  # four runs; the parts are tested in test_step and mdl/test_dsa
+
 SPARSE_CONFIG = CONFIG.with_name("small_dsa.py")
 WARMUP = (
     "--config.model.attention.warmup=true",

@@ -346,7 +346,7 @@ def test_parts_of_a_row_are_the_whole(stage, monkeypatch):
         np.testing.assert_allclose(grad, want_grads[path], rtol=0, atol=ROUNDING * np.abs(want_grads[path]).max())
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["sparse", pytest.param("warmup", marks=pytest.mark.slow)])
 def test_eight_devices_give_what_one_gives(stage):
     config = STAGES[stage]
     want_grads, want_terms = result(config, indexer=2.0)
