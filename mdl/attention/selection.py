@@ -24,13 +24,11 @@ HEADS = "tensor"  # mesh axis over which heads are split
 class IndexerStats(NamedTuple):
     """What an indexer costs and is worth, summed over queries."""
 
-    kl: (
-        jax.Array
-    )  # of the attention, the mean over its heads, to the indexer's softmax: the loss (report, eqs. 3 and 4)
-    uniform: jax.Array  # of the same to equal shares, which an indexer that has learnt anything beats
-    recall: (
-        jax.Array | None
-    )  # share of the attention to all keys that the selected ones hold; None where it is not measured
+    # KL of the attention, the mean over its heads, to the indexer's softmax: the loss (report, eqs. 3 and 4)
+    kl: jax.Array
+    uniform: jax.Array  # that of the same to equal shares, which an indexer that has learnt anything beats
+    # share of the attention to all keys that the selected ones hold; None where it is not measured
+    recall: jax.Array | None
 
 
 class Index(NamedTuple):
