@@ -176,8 +176,9 @@ def _build_flags(flags_class: type[F], given: dict[str, str]) -> F:
 
 
 def _print_help(flags_class: type, config: Any) -> NoReturn:
-    program = getattr(sys.modules.get("__main__"), "__spec__", None)
-    print(config_help.help_text(program.name if program else sys.argv[0], flags_class, config))
+    program = sys.modules.get("__main__")
+    spec, about = getattr(program, "__spec__", None), inspect.getdoc(program)
+    print(config_help.help_text(spec.name if spec else sys.argv[0], about or "", flags_class, config))
     sys.exit(0)
 
 

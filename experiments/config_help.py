@@ -55,8 +55,11 @@ def flag_name(field: str) -> str:
     return field.rstrip("_")
 
 
-def help_text(program: str, flags_class: type, config: Any) -> str:
-    """The whole text. `config`: an instance (its values are shown), a class (its defaults are), or None (no config)."""
+def help_text(program: str, about: str, flags_class: type, config: Any) -> str:
+    """The whole text. `config`: an instance (its values are shown), a class (its defaults are), or None (no config).
+
+    `about`: what the program does, with examples.
+    """
     lines = [
         f"usage: python -m {program} "
         + ("--config=FILE.py[:ARG] " if config is not None else "")
@@ -64,6 +67,7 @@ def help_text(program: str, flags_class: type, config: Any) -> str:
     ]
     if config is not None:
         lines[0] += " [--config.SECTION.FIELD=VALUE ...]"
+    lines += ["", about] if about else []
     rows = [(f"--{flag_name(name)}", *columns) for name, *columns in _rows(flags_class, None)]
     lines += ["", "flags:", *_table(rows)] if rows else []
     if config is not None:

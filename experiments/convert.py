@@ -1,4 +1,8 @@
-"""python -m experiments.convert --from=DIR --to=DIR: checkpoints from and to Hugging Face, in streams, on CPUs.
+"""Converts checkpoints from and to Hugging Face, in streams, on CPUs.
+
+    python -m experiments.convert --from=path/to/DeepSeek-V3 --to=v3
+    python -m experiments.convert --from=path/to/DeepSeek-V3 --to=v3_bf16 --dtype=bf16
+    python -m experiments.convert --from=runs/tiny --to=tiny_hf
 
 The direction is read from what --from holds:
   a run of ours, its checkpoints or one step of them  ->  Hugging Face

@@ -1,6 +1,7 @@
 """Continues text with a trained model.
 
-python -m experiments.generate --checkpoint=DIR --prompt="def fib(n):" --max_new_tokens=64 --temperature=0 --seed=0
+    python -m experiments.generate --checkpoint=runs/tiny --prompt='def fib(n):' --max_new_tokens=64 --temperature=0
+    python -m experiments.generate --checkpoint=path/to/Qwen3-0.6B --chat --prompt='What is a monad?'
 """
 
 import dataclasses

@@ -1,4 +1,7 @@
-"""`python -m experiments.plot runs/*`: the curves of one run, or of several in one figure, from their `metrics.jsonl`.
+"""Draws the curves of one run, or of several in one figure, from their `metrics.jsonl`.
+
+    python -m experiments.plot runs/tiny
+    python -m experiments.plot runs/* --out=compared.png
 
 matplotlib is optional and imported only here, when a figure is drawn.
 """

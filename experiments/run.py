@@ -1,6 +1,10 @@
 """Trains, or evaluates, one configuration.
 
-python -m experiments.run --config=configs/tiny.py --config.train.num_steps=200 --workdir=runs/tiny
+    python -m experiments.run --config=configs/tiny.py --workdir=runs/tiny
+    python -m experiments.run --config=configs/tiny.py --config.model.attention=GqaConfig --workdir=runs/gqa
+    python -m experiments.run --config=configs/tiny.py --workdir=runs/tiny --eval_only
+
+The same command again resumes the run in `workdir`.
 """
 
 import dataclasses

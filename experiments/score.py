@@ -1,4 +1,8 @@
-"""python -m experiments.score --checkpoint=DIR --input_ids=ids.npy --out=out.npz: logits and log-probabilities of given tokens."""
+"""Writes the logits and log-probabilities of given tokens.
+
+    python -m experiments.score --checkpoint=runs/tiny --text='import os' --out=scores.npz
+    python -m experiments.score --checkpoint=path/to/DeepSeek-V2-Lite --input_ids=ids.npy --out=scores.npz --compute=bfloat16
+"""
 
 import dataclasses
 import os
