@@ -8,13 +8,26 @@
     python -m experiments.bench flash_attention                    attention, forward and backward, beside what JAX has
     python -m experiments.bench decode --config=configs/tiny.py    tokens/s of greedy decoding
     python -m experiments.bench mla_decode                         decoding attention over latents, beside plain products
+    python -m experiments.bench dsa                                sparse attention beside dense by length, and its decoding
     python -m experiments.bench fp8                                quantize and dequantize as a share of copy bandwidth
     python -m experiments.bench aot                                what compilers say of kernels, for chips that are not here
 
 `--out=FILE.json` keeps the result with date, commit and versions; those that time take `--repeats`. No data is read.
 """
 
-from experiments.benches import aot, decode, depth, experts, flash_attention, fp8, grouped_gemm, mla_decode, moe, step
+from experiments.benches import (
+    aot,
+    decode,
+    depth,
+    dsa,
+    experts,
+    flash_attention,
+    fp8,
+    grouped_gemm,
+    mla_decode,
+    moe,
+    step,
+)
 from experiments.cli import did_you_mean, run_main
 from experiments.errors import UserError
 
@@ -27,6 +40,7 @@ BENCHES = {
     "flash_attention": flash_attention.main,
     "decode": decode.main,
     "mla_decode": mla_decode.main,
+    "dsa": dsa.main,
     "fp8": fp8.main,
     "aot": aot.main,
 }

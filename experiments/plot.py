@@ -84,10 +84,8 @@ def plot_at_end(workdir: str | os.PathLike) -> str:
 
 def plot_runs(runs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
     """Writes the figure. ImportError without matplotlib; UserError if no run has a finite loss."""
-    import matplotlib.backends.backend_agg
     import matplotlib.figure  # the object interface: no global state, no display
     import matplotlib.ticker
-    import PIL.Image  # comes with matplotlib
 
     histories = _histories(runs)
     if not any(read_curve(lines, ("loss",)).steps for lines in histories.values()):
@@ -104,11 +102,19 @@ def plot_runs(runs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
         axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         _draw_panel(axes, panel, histories)
+    save(figure, out)
+
+
+def save(figure: Any, out: pathlib.Path) -> None:
+    """Writes a matplotlib figure as a picture of 256 colours: noisy curves make a true-colour file three times as big."""
+    import matplotlib.backends.backend_agg
+    import PIL.Image  # comes with matplotlib
+
     out.parent.mkdir(parents=True, exist_ok=True)
     canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
     canvas.draw()
     picture = PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(256).save(out, optimize=True)  # a palette: noisy curves make a true-colour file three times as big
+    picture.quantize(256).save(out, optimize=True)
 
 
 def _histories(runs: Sequence[pathlib.Path]) -> History:
@@ -130,7 +136,7 @@ def _draw_loss(axes: Any, histories: History) -> None:
     axes.set_ylim(*loss_limits(curves))
     axes.legend(frameon=False, loc="upper right", fontsize=9, title="smoothed, at the end", title_fontsize=8)
     axes.set_xlabel("step", fontsize=9)
-    _style(axes, "training loss", size=11)
+    style(axes, "training loss", size=11)
 
 
 def _draw_panel(axes: Any, panel: Panel, histories: History) -> None:
@@ -146,7 +152,7 @@ def _draw_panel(axes: Any, panel: Panel, histories: History) -> None:
         axes.plot(*thinned(curve), color=color, linewidth=1.3, marker=marker, markersize=3)
     if panel.noisy:
         axes.set_ylim(0, 1.1 * top)
-    _style(axes, panel.title, size=9)
+    style(axes, panel.title, size=9)
 
 
 def read_curve(lines: list[dict[str, Any]], names: tuple[str, ...]) -> Curve:
@@ -185,7 +191,8 @@ def loss_limits(curves: list[Curve]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _style(axes: Any, title: str, *, size: int) -> None:
+def style(axes: Any, title: str, *, size: int) -> None:
+    """What all panels have in common."""
     axes.set_title(title, loc="left", fontsize=size, color="#333333")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#aaaaaa")

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.compilation.memory import Memory
 from experiments.config import ExperimentConfig
 from experiments.feed import abstract_batch
 from experiments.resume import abstract_state
@@ -20,16 +21,6 @@ from mdl.pure import PureModel
 
 class DoesNotFit(Exception):  # noqa: N818 (what is said of the step, not that something broke)
     """The compiler cannot place the program in the memory of a device; the message is its own first line."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes of one device while the step runs, as the compiler reports them."""
-
-    arguments: int
-    outputs: int  # without those that take an argument's place
-    temporaries: int  # all together; not all of them exist at the same time
-    peak: int  # the most that exists at any one time, arguments and outputs included
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,19 +54,12 @@ def compile_step(config: ExperimentConfig, cluster: Cluster, say: Callable[[str]
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise DoesNotFit(_first_sentence(str(error))) from error
                 raise
-    sizes = compiled.memory_analysis()
-    assert sizes is not None  # of TPU and GPU programs
     return CompiledStep(
         mesh=mesh,
         trace_seconds=trace_seconds,
         compile_seconds=time.perf_counter() - began - trace_seconds,
         processor_seconds=time.process_time() - processor_began,
-        memory=Memory(
-            arguments=sizes.argument_size_in_bytes,
-            outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-            temporaries=sizes.temp_size_in_bytes,
-            peak=sizes.peak_memory_in_bytes,
-        ),
+        memory=Memory.of(compiled),
         text=compiled.as_text() or "",
         flops_once=(compiled.cost_analysis() or {}).get("flops"),
     )
