@@ -111,7 +111,7 @@ def grouped_query_attention(fields: Fields, *, qk_norm: bool, head_dim: int | No
 def grouped_query_json(config: TransformerConfig) -> dict[str, Any]:
     """What `shared` and `grouped_query_attention` read. ValueError for a model with another attention."""
     attention = config.attention
-    if not isinstance(attention, GqaConfig):
+    if type(attention) is not GqaConfig:  # a subclass has numbers of its own
         raise ValueError(f"attention is {type(attention).__name__}, GqaConfig here")
     return shared_json(config, attention) | {
         "head_dim": attention.head_dim,

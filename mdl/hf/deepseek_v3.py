@@ -140,7 +140,7 @@ def transformer(
 def transformer_json(config: TransformerConfig) -> dict[str, Any]:
     """What `transformer` and the readers of the router read; these refuse what their family does not have."""
     attention, moe = config.attention, config.moe or MoeConfig()  # whose fields are needed even if no layer has experts
-    if not isinstance(attention, MlaConfig):
+    if type(attention) is not MlaConfig:  # a subclass has numbers of its own
         raise ValueError(f"attention is {type(attention).__name__}, MlaConfig here")
     return shared_json(config, attention) | {
         "first_k_dense_replace": config.num_prefix_layers if config.moe else config.num_hidden_layers,
