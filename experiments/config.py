@@ -12,6 +12,7 @@ from experiments.optim import trainable
 from experiments.optim.adamw import AdamWConfig
 from experiments.optim.schedule import PiecewiseConfig
 from mdl.attention.dsa import DsaConfig
+from mdl.flops import train_flops_per_token
 from mdl.moe.dispatch import check_platform
 from mdl.pure import PureModel
 from mdl.sharding import MeshConfig
@@ -257,6 +258,13 @@ class ExperimentConfig:
                 check_platform(model.moe.transport, platform or jax.default_backend())
             except ValueError as error:
                 raise UserError(f"model.moe.transport: {error}") from error
+
+    @property
+    def train_flops_per_token(self) -> float:
+        """Of the model that is trained as `train` says."""
+        return train_flops_per_token(
+            self.model, self.train.seq_len, lambda path: trainable.trains(path, self.train.trainable)
+        )
 
     @property
     def eval_batch_size(self) -> int:

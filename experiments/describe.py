@@ -10,7 +10,7 @@ from experiments.config import ExperimentConfig
 from experiments.data.pipeline import Data
 from experiments.peak_flops import Peak
 from experiments.progress import format_count
-from mdl.flops import cache_bytes_per_token, count_parameters, train_flops_per_token
+from mdl.flops import cache_bytes_per_token, count_parameters
 
 
 def describe(config: ExperimentConfig, data: Data, mesh: Mesh, peak: Peak, say: Callable[[str], None]) -> None:
@@ -20,7 +20,7 @@ def describe(config: ExperimentConfig, data: Data, mesh: Mesh, peak: Peak, say: 
     mtp = f" + {format_count(count.mtp)} MTP" if count.mtp else ""
     say(
         f"model: {format_count(count.total)} parameters{mtp}, {format_count(count.active)} active per token, "
-        f"{format_count(train_flops_per_token(config.model, train.seq_len))}FLOP per trained token, "
+        f"{format_count(config.train_flops_per_token)}FLOP per trained token, "
         f"{cache_bytes_per_token(config.model)} bytes of cache per token"
     )
     tokens = train.num_steps * train.batch_size * train.seq_len

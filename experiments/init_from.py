@@ -33,6 +33,8 @@ _FREE = (
     "attention.dense.rope:",
     "attention.dense.rope.",
     "attention.index_topk:",
+    "attention.index_hadamard:",
+    "attention.index_fp8:",
     "attention.warmup:",
 )
 

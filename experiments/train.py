@@ -30,7 +30,6 @@ from experiments.peak_flops import find_peak
 from experiments.plot import plot_at_end
 from experiments.progress import Progress
 from experiments.step import init_state, make_train_step
-from mdl.flops import train_flops_per_token
 from mdl.pure import PureModel
 
 
@@ -77,7 +76,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
         interrupt = stack.enter_context(Interrupt())
         profiled = config.train.profile_steps if is_main else None
         profiler = stack.enter_context(Profiler(profiled, directory / "profile", progress.say))
-        meter = Meter(train_flops_per_token(config.model, config.train.seq_len), peak.flops)
+        meter = Meter(config.train_flops_per_token, peak.flops)
         held_out = HeldOut(config, data, model, mesh)
         train_step = jax.jit(make_train_step(config, model), donate_argnums=0)
         # A CPU with virtual devices aborts when many steps are queued, and mixes up collectives that run side by side.

@@ -16,7 +16,7 @@ from experiments.config import ExperimentConfig
 from experiments.feed import place
 from experiments.peak_flops import find_peak
 from experiments.step import init_state, make_train_step
-from mdl.flops import count_parameters, train_flops_per_token
+from mdl.flops import count_parameters
 from mdl.pure import PureModel
 
 
@@ -57,7 +57,7 @@ def measure(config: ExperimentConfig, repeats: int, limit: float = math.inf) -> 
     return {
         "tokens_per_second": tokens / median,
         "best_tokens_per_second": tokens / min(times),
-        "mfu": tokens / median * train_flops_per_token(config.model, train.seq_len) / peak.flops,
+        "mfu": tokens / median * config.train_flops_per_token / peak.flops,
         "mfu_against": peak.line,
         "step_ms": 1000 * median,
         "lower_seconds": lowering,

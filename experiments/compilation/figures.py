@@ -11,7 +11,7 @@ from experiments.compilation.step import CompiledStep
 from experiments.config import ExperimentConfig
 from experiments.peak_flops import peak_flops
 from kernels_pallas.aot_cluster import Cluster
-from mdl.flops import count_parameters, train_flops_per_token
+from mdl.flops import count_parameters
 
 
 def figures(config: ExperimentConfig, cluster: Cluster, step: CompiledStep) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def figures(config: ExperimentConfig, cluster: Cluster, step: CompiledStep) -> d
     peak = peak_flops(device.device_kind)
     assert peak is not None
     tokens = train.batch_size * train.seq_len
-    model_flops = tokens * train_flops_per_token(config.model, train.seq_len) / num_devices
+    model_flops = tokens * config.train_flops_per_token / num_devices
     program = Program(step.text)
     program_flops, memory_bytes = program.product_flops(), program.memory_bytes()
     traffic = collectives(program, num_devices, cluster.devices_per_host)

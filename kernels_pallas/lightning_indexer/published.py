@@ -26,17 +26,27 @@ def hadamard(x: jax.Array) -> jax.Array:
     return (rotated * width**-0.5).astype(x.dtype)
 
 
-def to_fp8(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def to_fp8(
+    q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, k_scale_BS: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(q, w, k, k_scale_BS) for `select_keys`: q and k in e4m3, with one scale for each token's head of q and each token of k.
 
     Scales are powers of two (ue8m0): those of q go into w, those of k are returned, so scoring is exact but for the values'
-    own rounding. Not differentiable: select only.
+    own rounding. Not differentiable: select only. k_scale_BS: that of keys which `keys_to_fp8` made already.
 
     Raises ValueError on heads wider than the 128 numbers that share a scale.
     """
-    if q_BTIJ.shape[-1] > fp8.BLOCK:
+    if k_scale_BS is None:
+        k_BSJ, k_scale_BS = keys_to_fp8(k_BSJ)
+    q = fp8.quantize_activations(jax.lax.stop_gradient(q_BTIJ), ue8m0=True)
+    return q.data, w_BTI * q.scale[..., 0], k_BSJ, k_scale_BS
+
+
+def keys_to_fp8(k_BSJ: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys in e4m3 and their scales [B, S], as a cache keeps them. Raises ValueError as `to_fp8`."""
+    if k_BSJ.shape[-1] > fp8.BLOCK:
         raise ValueError(
-            f"to_fp8: index heads of {q_BTIJ.shape[-1]} numbers have more than one scale; at most {fp8.BLOCK}"
+            f"to_fp8: index heads of {k_BSJ.shape[-1]} numbers have more than one scale; at most {fp8.BLOCK}"
         )
-    q, k = (fp8.quantize_activations(jax.lax.stop_gradient(a), ue8m0=True) for a in (q_BTIJ, k_BSJ))
-    return q.data, w_BTI * q.scale[..., 0], k.data, k.scale[..., 0]
+    k = fp8.quantize_activations(jax.lax.stop_gradient(k_BSJ), ue8m0=True)
+    return k.data, k.scale[..., 0]

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas import LatentCache, Mask
-from mdl import sharding
+from kernels_pallas import LatentCache, Mask, fp8
 from mdl.attention.cache import Cache, write
 from mdl.attention.core import Context, attend
 from mdl.attention.gqa import Gqa, GqaConfig
+from mdl.attention.indexer import Indexer
 from mdl.attention.mla import Mla, MlaConfig
 from mdl.attention.selection import (
     SAVED_NAMES,
@@ -31,11 +31,9 @@ from mdl.attention.selection import (
     select,
     with_positions,
 )
-from mdl.linear import Init, Linear
-from mdl.norm import LayerNorm
-from mdl.rope import AnyRope, apply_rotary
+from mdl.linear import Init
+from mdl.rope import AnyRope
 
-KEY_NORM_EPS = 1e-6  # the published code fixes it, whatever rms_norm_eps says
 QUERIES = (
     4096  # of a row, whose heads, as wide as latents once the keys' projection is folded into them, are held at a time
 )
@@ -64,7 +62,7 @@ class Dsa(nnx.Module):
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         cache = self.dense.empty_cache(batch, length, dtype)
         if self.indexer is not None:
-            cache["index_key"] = jnp.zeros((batch, length, self.config.index_head_dim), dtype)
+            cache |= self.indexer.empty_cache(batch, length, dtype)
         return cache
 
     def __call__(
@@ -74,7 +72,7 @@ class Dsa(nnx.Module):
         latent_BTQ = self.dense.query_latent(x_BTD)
         entries = self.dense.entries(x_BTD, context)
         if self.indexer is not None:
-            entries["index_key"] = self.indexer.keys(jax.lax.stop_gradient(x_BTD), context)
+            entries |= self.indexer.entries(jax.lax.stop_gradient(x_BTD), context)
         if cache is not None:
             entries = cache = write(cache, entries, context.positions_BT)
         if self.config.is_dense(_length(entries)):
@@ -97,7 +95,7 @@ class Dsa(nnx.Module):
         o_BTNU, lse_BTN = attend(q_BTNK, k_BSNK, v_BSNU, scale=scale, mask=mask)
         stats = None
         if self.indexer is not None and context.measure != "nothing":
-            index = self.indexer(x_BTD, latent_BTQ, entries["index_key"], context)
+            index = self.indexer(x_BTD, latent_BTQ, entries, context)
             main = Main(q_BTNK, k_BSNK, lse_BTN)
             kl_BT, uniform_BT = kl_of_all(index, main, mask, scale=scale)
             recall_BT = None
@@ -124,7 +122,7 @@ class Dsa(nnx.Module):
         ) -> tuple[jax.Array, IndexerStats | None, jax.Array]:
             dense, scale, index = self.dense, self.dense.config.softmax_scale, None
             if self.indexer is not None:
-                index = self.indexer(x_BTD, latent_BTQ, entries["index_key"], context)
+                index = self.indexer(x_BTD, latent_BTQ, entries, context)
                 selected_BTW = self._select(index, mask, context)
             assert selected_BTW is not None  # of the layer before; the first has an indexer
             q_BTNK = dense.queries(latent_BTQ, context)
@@ -156,9 +154,9 @@ class Dsa(nnx.Module):
 
     def _select(self, index: Index, mask: Mask, context: Context) -> jax.Array:
         S = index.k_BSJ.shape[1]
-        topk, latest = min(self.config.index_topk, S), self.config.index_window
+        topk, latest, in_fp8 = min(self.config.index_topk, S), self.config.index_window, self.config.index_fp8
         if latest == 0 or topk == S:
-            return select(index, mask, topk)
+            return select(index, mask, topk, fp8=in_fp8)
         mask = with_positions(mask)
         assert mask.q_positions_BT is not None
         older = dataclasses.replace(mask, q_positions_BT=mask.q_positions_BT - latest)
@@ -167,7 +165,8 @@ class Dsa(nnx.Module):
         if context.segment_ids_BT is not None:
             is_there_BTW &= context.segment_ids_BT[..., None] > 0
         latest_BTW = jnp.where(is_there_BTW, mask.q_positions_BT[..., None] - back_W, S)
-        return jnp.sort(jnp.concatenate([select(index, older, topk - latest), latest_BTW], axis=-1), axis=-1)
+        older_BTW = select(index, older, topk - latest, fp8=in_fp8)
+        return jnp.sort(jnp.concatenate([older_BTW, latest_BTW], axis=-1), axis=-1)
 
 
 def _length(entries: Cache) -> int:
@@ -223,48 +222,6 @@ def _in_parts(
     return o_BTD, stats, selected_BTW
 
 
-class Indexer(nnx.Module):
-    """What the lightning indexer scores a query and a key by: I narrow query heads and one key that they share (eq. 1).
-
-    Rotary channels come first in a head, where MLA has them last, and have their own pair layout.
-    """
-
-    def __init__(self, config: "DsaConfig", hidden_size: int, *, init: Init):
-        D, Q, I, J = hidden_size, config.query_width, config.index_n_heads, config.index_head_dim
-        self.config = config
-        self.wq_b = Linear((Q or D,), (I, J), ("latent" if Q else "embed", "heads", None), init=init)
-        self.wk = Linear((D,), (J,), ("embed", None), init=init)
-        self.k_norm = LayerNorm(J, eps=KEY_NORM_EPS, init=init)
-        float32 = dataclasses.replace(init.precision, param="float32")
-        self.weights_proj = dataclasses.replace(init, precision=float32).normal((D, I), ("embed", None))
-
-    def __call__(self, x_BTD: jax.Array, latent_BTQ: jax.Array, k_BSJ: jax.Array, context: Context) -> Index:
-        """What scores the keys k_BSJ for these tokens, which get no gradient."""
-        x_BTD, latent_BTQ = jax.lax.stop_gradient((x_BTD, latent_BTQ))
-        return Index(self.queries(latent_BTQ, context), self.head_weights(x_BTD), k_BSJ)
-
-    def queries(self, latent_BTQ: jax.Array, context: Context) -> jax.Array:
-        """q_BTIJ, on every device of a row: the sum over heads must not depend on how they are split."""
-        q_BTIJ = sharding.reshard(self.wq_b(latent_BTQ), sharding.spec("batch", None, None, None))
-        return self._rotated(q_BTIJ, context)
-
-    def keys(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """k_BTJ, normed and rotated, as the cache keeps them."""
-        return self._rotated(self.k_norm(self.wk(x_BTD))[:, :, None], context)[:, :, 0]
-
-    def head_weights(self, x_BTD: jax.Array) -> jax.Array:
-        """w_BTI of either sign, in float32 throughout; the scores' factor 1 / sqrt(J) is in it."""
-        dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        w_DI = sharding.reshard(self.weights_proj[...].astype(dtype), sharding.gathered(*self.weights_proj.axes))
-        w_BTI = jnp.einsum("BTD,DI->BTI", x_BTD.astype(dtype), w_DI, precision=jax.lax.Precision.HIGHEST)
-        return w_BTI * (self.config.index_n_heads * self.config.index_head_dim) ** -0.5
-
-    def _rotated(self, x_BTIJ: jax.Array, context: Context) -> jax.Array:
-        x_BTIR, rest = jnp.split(x_BTIJ, [self.config.rotary_dim], axis=-1)
-        x_BTIR = apply_rotary(x_BTIR, context.rotary, interleaved=self.config.indexer_rope_interleave)
-        return jnp.concatenate([x_BTIR, rest], axis=-1)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DsaConfig:
     # the attention whose keys are selected; over GQA the indexer reads the hidden state in place of a query latent
@@ -274,6 +231,9 @@ class DsaConfig:
     index_topk: int = 64  # keys that a query attends to
     index_window: int = 0  # the latest keys, which are always among them, itself included
     indexer_rope_interleave: bool = False  # the indexer's rotary pairs are (2i, 2i+1), not (i, i + R/2) as in V3.2
+    # as the published inference code scores: rotated by a Hadamard matrix, which alone changes rounding only, then in FP8
+    index_hadamard: bool = False
+    index_fp8: bool = False
     # of each layer: an indexer of its own, or the choice of the last layer that has one (GLM-5.2); none: all full
     indexer_types: tuple[Literal["full", "shared"], ...] | None = None
     warmup: bool = False  # first stage of training: attention to all keys, which the indexer learns to foresee
@@ -294,6 +254,12 @@ class DsaConfig:
                 f"index_head_dim={self.index_head_dim} is less than dense.{name}={self.rotary_dim}, the channels that are rotary; "
                 "raise it"
             )
+        if self.index_hadamard and self.index_head_dim & (self.index_head_dim - 1):
+            raise ValueError(f"index_head_dim={self.index_head_dim} must be a power of two for index_hadamard=true")
+        if self.index_fp8 and self.index_head_dim > fp8.BLOCK:
+            raise ValueError(
+                f"index_head_dim={self.index_head_dim} is more than the {fp8.BLOCK} numbers that share a scale; set index_fp8=false"
+            )
 
     @property
     def num_attention_heads(self) -> int:
@@ -313,10 +279,10 @@ class DsaConfig:
     def rotary_dim(self) -> int:
         return self.dense.rotary_dim
 
-    @property
-    def cache_width(self) -> int:
-        """Numbers per token of one layer's cache."""
-        return self.dense.cache_width + (self.index_head_dim if self.has_indexer else 0)
+    def cache_bytes(self, itemsize: int) -> int:
+        """Per token of one layer's cache."""
+        index_key = self.index_head_dim + 4 if self.index_fp8 else self.index_head_dim * itemsize
+        return self.dense.cache_bytes(itemsize) + (index_key if self.has_indexer else 0)
 
     @property
     def has_indexer(self) -> bool:
@@ -333,14 +299,27 @@ class DsaConfig:
         return self.warmup or self.index_topk >= num_keys
 
     def flops_per_query(self, seq_len: int) -> float:
-        """Of an average query of a causal sequence: the index scores of every key it sees, attention to the selected ones only.
+        """Attention of an average query of a causal sequence, to the selected keys only."""
+        return self.dense.flops_per_pair * self._keys_attended(seq_len)
 
-        The indexer's loss, whose target is made of the attention's own numbers, is not counted.
+    def index_flops_per_query(self, seq_len: int) -> float:
+        """The scores of every key that an average query sees."""
+        return self._flops_per_score * (seq_len + 1) / 2
+
+    def index_gradient_flops_per_query(self, seq_len: int) -> float:
+        """Of queries and keys, from the scores that the indexer's loss is of.
+
+        Its target, made of the attention's own numbers once more, is not counted.
         """
+        return 2 * self._flops_per_score * self._keys_attended(seq_len)
+
+    @property
+    def _flops_per_score(self) -> int:
+        return 2 * self.index_n_heads * (self.index_head_dim + 1) if self.has_indexer else 0
+
+    def _keys_attended(self, seq_len: int) -> float:
         k = seq_len if self.is_dense(seq_len) else self.index_topk
-        seen, selected = (seq_len + 1) / 2, (k * (k + 1) / 2 + (seq_len - k) * k) / seq_len
-        per_score = 2 * self.index_n_heads * (self.index_head_dim + 1) if self.has_indexer else 0
-        return per_score * seen + self.dense.flops_per_pair * selected
+        return (k * (k + 1) / 2 + (seq_len - k) * k) / seq_len
 
     def build(self, hidden_size: int, *, eps: float, init: Init) -> Dsa:
         return Dsa(self, hidden_size, eps=eps, init=init)

@@ -97,10 +97,9 @@ class GqaConfig:
     def softmax_scale(self) -> float:
         return self.head_dim**-0.5
 
-    @property
-    def cache_width(self) -> int:
-        """Numbers per token of one layer's cache."""
-        return 2 * self.num_key_value_heads * self.head_dim
+    def cache_bytes(self, itemsize: int) -> int:
+        """Per token of one layer's cache."""
+        return 2 * self.num_key_value_heads * self.head_dim * itemsize
 
     @property
     def flops_per_pair(self) -> int:

@@ -161,10 +161,9 @@ class MlaConfig:
         """1 / sqrt(H + R), times YaRN's mscale squared."""
         return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * self.rope.softmax_factor
 
-    @property
-    def cache_width(self) -> int:
-        """Numbers per token of one layer's cache."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
+    def cache_bytes(self, itemsize: int) -> int:
+        """Per token of one layer's cache."""
+        return (self.kv_lora_rank + self.qk_rope_head_dim) * itemsize
 
     def absorbs(self, num_queries: int, num_slots: int) -> bool:
         """Whether queries attend to the latents of a cache as they are, because that takes fewer multiply-adds than expanding.

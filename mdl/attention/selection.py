@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import LatentCache, Mask, mla_decode, sparse_attention
-from kernels_pallas.lightning_indexer import dense_kl, recall, select_keys, selected_kl
+from kernels_pallas.lightning_indexer import dense_kl, recall, select_keys, selected_kl, to_fp8
 from kernels_pallas.lightning_indexer.api import SAVED_NAMES as INDEXER_SAVED_NAMES
 from mdl import sharding
 
@@ -37,6 +37,7 @@ class Index(NamedTuple):
     q_BTIJ: jax.Array
     w_BTI: jax.Array
     k_BSJ: jax.Array
+    k_scale_BS: jax.Array | None = None  # of keys in FP8, as a cache keeps them; no loss is made of these
 
 
 class Main(NamedTuple):
@@ -47,11 +48,12 @@ class Main(NamedTuple):
     lse_BTN: jax.Array
 
 
-def select(index: Index, mask: Mask, topk: int) -> jax.Array:
-    """index_BTW of the best visible keys, ascending, S where a query sees fewer."""
+def select(index: Index, mask: Mask, topk: int, *, fp8: bool = False) -> jax.Array:
+    """index_BTW of the best visible keys, ascending, S where a query sees fewer. fp8: by scores of queries and keys in e4m3."""
 
     def run(index: Index, mask: Mask) -> jax.Array:
-        return select_keys(*index, mask=mask, topk=topk)
+        q_btIJ, w_btI, k_bSJ, k_scale_bS = to_fp8(*index) if fp8 else index
+        return select_keys(q_btIJ, w_btI, k_bSJ, mask=mask, topk=topk, k_scale_BS=k_scale_bS)
 
     return checkpoint_name(_by_queries(run, index=index, mask=mask), SELECTED_NAME)
 
@@ -102,7 +104,7 @@ def kl_of_all(index: Index, main: Main, mask: Mask, *, scale: float) -> tuple[ja
     """kl_BT and uniform_BT over the visible keys. Gradients reach `index` only."""
 
     def run(index: Index, main: Main, mask: Mask) -> tuple[jax.Array, ...]:
-        return tuple(dense_kl(*index, *main, scale=scale, mask=mask))
+        return tuple(dense_kl(*index[:3], *main, scale=scale, mask=mask))
 
     return _by_queries(run, index=index, main=jax.lax.stop_gradient(main), mask=mask)
 
@@ -111,7 +113,7 @@ def kl_of_selected(index: Index, main: Main, index_BTW: jax.Array, *, scale: flo
     """The same over the selected keys, which main.lse_BTN is of."""
 
     def run(index: Index, main: Main, index_BTW: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(selected_kl(*index, *main, index_BTW, scale=scale))
+        return tuple(selected_kl(*index[:3], *main, index_BTW, scale=scale))
 
     return _by_queries(run, index=index, main=jax.lax.stop_gradient(main), index_BTW=index_BTW)
 

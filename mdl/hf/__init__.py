@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from mdl.attention.dsa import DsaConfig
 from mdl.hf import deepseek_v2, deepseek_v3, deepseek_v32, glm_moe_dsa, llama, qwen3, qwen3_moe
 from mdl.hf.fields import Fields
 from mdl.hf.table import Table
@@ -88,8 +89,12 @@ def config_json(
 
 def _numbers(config: TransformerConfig) -> TransformerConfig:
     """Without what a config.json does not say: how the model is computed."""
+    attention = config.attention
+    if isinstance(attention, DsaConfig):
+        attention = dataclasses.replace(attention, index_hadamard=False, index_fp8=False)
     return dataclasses.replace(
         config,
+        attention=attention,
         first_k_dense_replace=config.num_prefix_layers,
         precision=PrecisionConfig(param=config.precision.param),
         moe=config.moe and dataclasses.replace(config.moe, transport=RingConfig()),

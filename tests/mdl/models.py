@@ -100,6 +100,10 @@ V32 = dataclasses.replace(
     attention=DsaConfig(dense=V3.attention, index_n_heads=2, index_head_dim=10, index_topk=4),
     mtp=MtpConfig(),
 )
+# As the published inference code scores; a rotation takes a power of two.
+V32_FP8 = dataclasses.replace(
+    V32, attention=dataclasses.replace(V32.attention, index_head_dim=16, index_hadamard=True, index_fp8=True)
+)
 CONFIGS = {"v3": V3, "v2": V2, "qwen": QWEN, "v32": V32}
 
 

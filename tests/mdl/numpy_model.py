@@ -136,14 +136,29 @@ def mla(x, p, c: MlaConfig, keys=None):
     return sum(attend(q, k, v, scale, keys) @ outputs[head] for head, (q, k, v) in enumerate(heads))
 
 
-def index_scores(x, p, c: DsaConfig):
-    """[T, T] of one document, the future included: one head and one pair of tokens at a time."""
+def in_e4m3(a):
+    """One head of one token as it is in FP8, the nearest values times a power of two, ties to even (V3.2's inference code)."""
+    scale = 2.0 ** np.ceil(np.log2(max(np.abs(a).max(), 1e-4) / 448))
+    step = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(a / scale), 2.0**-6))) - 3)
+    return np.round(a / scale / step) * step * scale
+
+
+def hadamard(a):
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(len(a))] for i in range(len(a))]
+    return np.array(signs) @ a / math.sqrt(len(a))
+
+
+def index_scores(x, p, c: DsaConfig, *, fp8: bool = False):
+    """[T, T] of one document, the future included: one head and one pair of tokens at a time. Rotation alone changes nothing."""
     w = {name: p["indexer"][name]["weight"] for name in ("wq_b", "wk", "k_norm")}
     R = c.dense.rotary_dim
 
     def rotated(a, t):
         head = turned(a[:R], t, c.dense.rope, interleaved=c.indexer_rope_interleave)
-        return np.concatenate([real(head), a[R:]])
+        a = np.concatenate([real(head), a[R:]])
+        if not fp8:
+            return a
+        return in_e4m3(hadamard(a) if c.index_hadamard else a)
 
     latent = x
     if isinstance(c.dense, MlaConfig):
@@ -185,16 +200,16 @@ def keys_of(scores, c: DsaConfig):
 def dsa(x, p, c: DsaConfig, eps):
     of_mla, of_gqa = functools.partial(mla, c=c.dense), functools.partial(gqa, c=c.dense, eps=eps)
     dense = of_mla if isinstance(c.dense, MlaConfig) else of_gqa
-    return dense(x, p["dense"], keys=keys_of(index_scores(x, p, c), c))
+    return dense(x, p["dense"], keys=keys_of(index_scores(x, p, c, fp8=c.index_fp8), c))
 
 
 def indexer_terms(x, p, c: DsaConfig):
     """Sums over the tokens of one document: KL of attention to the indexer (eqs. 3 and 4) and to uniform, and what share of the
     attention to all keys the selected ones hold."""
     heads, scale = mla_heads(x, p["dense"], c.dense)
-    scores = index_scores(x, p, c)
+    scores, by = index_scores(x, p, c), index_scores(x, p, c, fp8=c.index_fp8)
     kl = uniform = recall = 0.0
-    for t, (keys, best) in enumerate(zip(keys_of(scores, c), chosen(scores, c), strict=True)):
+    for t, (keys, best) in enumerate(zip(keys_of(by, c), chosen(by, c), strict=True)):
         target = np.mean([softmax(scale * k[keys] @ q[t]) for q, k, _ in heads], axis=0)
         kl += np.sum(target * np.log(target / softmax(scores[t, keys])))
         uniform += np.sum(target * np.log(target * len(keys)))

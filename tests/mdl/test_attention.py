@@ -8,7 +8,7 @@ import numpy as np
 import numpy_model
 import pytest
 from flax import nnx
-from models import FLOAT32, QWEN, V2, V3, V32, random_tree
+from models import FLOAT32, QWEN, V2, V3, V32, V32_FP8, random_tree
 
 from mdl.attention.core import Context
 from mdl.attention.dsa import DsaConfig
@@ -35,6 +35,8 @@ CASES = {
     "dsa_interleaved_indexer": dataclasses.replace(V32.attention, indexer_rope_interleave=True, index_head_dim=8),
     # With one head every negative product is an exact zero: many equal scores at the boundary.
     "dsa_ties": dataclasses.replace(V32.attention, index_n_heads=1, index_topk=5),
+    "dsa_rotated": dataclasses.replace(V32_FP8.attention, index_fp8=False),
+    "dsa_fp8": V32_FP8.attention,
     "dsa_window": dataclasses.replace(V32.attention, index_window=2),
     "dsa_over_gqa": DsaConfig(dense=QWEN.attention, index_n_heads=2, index_head_dim=10, index_topk=4),
     "dsa_all_keys": dataclasses.replace(V32.attention, index_topk=10),
@@ -116,6 +118,8 @@ def test_mlp():
             lambda: DsaConfig(dense=MlaConfig(q_lora_rank=None)),
             "q_lora_rank is none: the indexer reads the query latent",
         ),
+        (lambda: DsaConfig(index_head_dim=24, index_hadamard=True), "index_head_dim=24 must be a power of two"),
+        (lambda: DsaConfig(index_head_dim=256, index_fp8=True), "index_head_dim=256 is more than the 128 numbers"),
         (lambda: DsaConfig(index_head_dim=15), "index_head_dim=15 is less than dense.qk_rope_head_dim=16"),
     ],
 )

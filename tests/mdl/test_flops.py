@@ -125,6 +125,50 @@ def test_flops_of_sparse_attention_by_hand():
     assert got == pytest.approx(forward_flops_per_token(TEN_MILLION, T) + 4 * per_layer, rel=1e-12)
 
 
+def test_flops_of_the_stages_of_sparse_training_by_hand():
+    """Both stages: forward, and of the indexers, whose input gets no gradient, those of their matrices and scores; the loss is of
+    all keys that are seen in the first, of those attended to in the second. The rest is frozen in the first."""
+    I, J, k, T = 4, 32, 5, 12
+    attention = DsaConfig(dense=TEN_MILLION.attention, index_n_heads=I, index_head_dim=J, index_topk=k)
+    seen, attended = ([min(t + 1, most) for t in range(T)] for most in (T, k))
+    matrices, score = 2 * (96 * I * J + 256 * J + 256 * I), 2 * I * (J + 1)
+    rest = forward_flops_per_token(TEN_MILLION, T)
+
+    warmup = dataclasses.replace(TEN_MILLION, attention=dataclasses.replace(attention, warmup=True))
+    got = train_flops_per_token(warmup, T, lambda path: "/indexer/" in path)
+    assert got == pytest.approx(rest + 4 * (2 * matrices + 3 * score * sum(seen) / T), rel=1e-12)
+
+    sparse = dataclasses.replace(TEN_MILLION, attention=attention)
+    rest -= 4 * 2 * 4 * (32 + 16 + 32) * (sum(seen) - sum(attended)) / T
+    indexers = 4 * (2 * matrices + score * (sum(seen) + 2 * sum(attended)) / T)
+    assert train_flops_per_token(sparse, T) == pytest.approx(3 * rest + indexers, rel=1e-12)
+    without = train_flops_per_token(sparse, T, lambda path: "/indexer/" not in path)
+    assert without == pytest.approx(3 * rest + 4 * (matrices + score * sum(seen) / T), rel=1e-12)
+    assert train_flops_per_token(sparse, T, lambda path: False) == forward_flops_per_token(sparse, T)
+
+
+def test_flops_of_what_is_not_frozen_by_hand():
+    """Gradients pass through what lies behind the first trained part, and no other; a depth of MTP has a head of its own."""
+    config, h, T = dataclasses.replace(TEN_MILLION, mtp=MtpConfig()), TEN_HAND, 128
+    head, norms, pairs = 2 * 4096 * 256, 2 * 256 + 96 + 64, 4 * (2 * (32 + 16) + 2 * 32) * (T + 1) / 2
+    attention = 2 * (h["attention"] - norms)
+    moe = 2 * (h["around"] + 4 * h["expert"])
+    prefix, stack = attention + 2 * h["dense"], 3 * (attention + moe)
+    module = attention + moe + 2 * 2 * 256 * 256
+    forward = prefix + stack + module + 5 * pairs + 2 * head
+    assert forward_flops_per_token(config, T) == forward
+    for trained, backward in {
+        "head": 2 * head,
+        "mtp/": 2 * module + 2 * pairs + head,
+        "final_norm": module + 2 * pairs + 2 * head,
+        "stack/mlp": 3 * moe + stack + 6 * pairs + module + 2 * pairs + 2 * head,
+        "prefix/0/attention/": attention + prefix + stack + module + 10 * pairs + 2 * head,
+        "embedding": prefix + stack + module + 10 * pairs + 2 * head,
+    }.items():
+        got = train_flops_per_token(config, T, lambda path, trained=trained: path.startswith(trained))
+        assert got == forward + backward, trained
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_against_the_compiler(tied):
     """XLA counts the products of a dense model; what is not a product (norms, softmax) is a few per cent at this width."""
@@ -165,7 +209,7 @@ def test_cache_bytes(compute, size):
 
 
 def test_cache_bytes_are_those_of_the_buffers():
-    for attention in (TEN_MILLION.attention, GqaConfig(), DsaConfig()):
+    for attention in (TEN_MILLION.attention, GqaConfig(), DsaConfig(), DsaConfig(index_fp8=True)):
         config = dataclasses.replace(TEN_MILLION, attention=attention)
         tree = PureModel(config)
         shapes = tree.abstract()

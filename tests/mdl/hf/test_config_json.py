@@ -147,6 +147,13 @@ def test_a_model_comes_back(case):
     assert back == config
 
 
+def test_how_indexers_score_is_not_said():
+    """The published inference code scores in FP8 whatever the file says, and other code never does."""
+    plain = TransformerConfig(attention=DsaConfig())
+    published = dataclasses.replace(plain, attention=DsaConfig(index_hadamard=True, index_fp8=True))
+    assert hf.config_json(published) == hf.config_json(plain)
+
+
 def test_token_ids_and_dtype():
     config = TransformerConfig(precision=PrecisionConfig(param="bfloat16"))
     fields = hf.config_json(config, bos_token_id=3, eos_token_id=[4, 5])
