@@ -23,6 +23,7 @@ def compile_to(path, *argv):
 
 
 @needs_compilers
+@pytest.mark.slow
 def test_a_small_step_on_eight_tpus(tmp_path, capsys):
     code, found = compile_to(tmp_path / "out.json", *TINY, "--topology=v5e:2x4", "--config.mesh.expert=4")
     assert code == 0 and found["fits"]
@@ -64,7 +65,7 @@ SMALL_V3 += [
 
 @needs_compilers
 @pytest.mark.parametrize("topology", ["v5p:2x2x2", pytest.param("h200:1x1x8", marks=pytest.mark.slow)])
-def test_a_small_deepseek_v3(topology, tmp_path):
+def test_a_small_deepseek_v3(topology, tmp_path, capsys):
     code, found = compile_to(tmp_path / "out.json", *SMALL_V3, f"--topology={topology}")
     assert code == 0 and found["fits"]
     assert found["mesh"] == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
@@ -75,6 +76,10 @@ def test_a_small_deepseek_v3(topology, tmp_path):
     assert traffic["all-reduce", 8] < 0.05 * traffic["reduce-scatter", 2]
     # Everything is computed again in the backward pass, and experts' rows are padded.
     assert 4 / 3 < found["flops"]["program"] / found["flops"]["model"] < 2
+    printed = capsys.readouterr()
+    assert re.fullmatch(rf"traced in \d+ s; compiling for {topology}, which may take minutes\n", printed.err)
+    assert re.search(r"^memory .*: fits$", printed.out, re.MULTILINE)
+    assert re.search(r"^step .* MFU .*estimates", printed.out, re.MULTILINE)
 
 
 def test_what_does_not_fit_is_one_line_and_exit_code_1(monkeypatch, capsys, tmp_path):

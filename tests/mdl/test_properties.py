@@ -175,7 +175,15 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("fsdp", marks=pytest.mark.slow),
+        pytest.param("data_fsdp_tensor", marks=pytest.mark.slow),
+        "data_expert",
+        "fsdp_expert_tensor",
+    ],
+)
 def test_eight_devices_give_what_one_gives(name):
     want = result(ONE_MODULE)
     mesh = MeshConfig(**MESHES[name]).build()
