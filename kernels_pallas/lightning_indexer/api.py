@@ -11,14 +11,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.lightning_indexer import reference, xla
-from kernels_pallas.select import select
+from kernels_pallas.select import LazyModule, select
 from kernels_pallas.vary import vary_alike
 
 SAVED_NAMES = ("indexer_dscore",)  # [B, T, W] of selected_kl; kept, no remat policy makes its forward pass run twice
 
-Implementation = Literal["xla", "reference"]
-# A back end is a module with the functions of xla.py; the first is the default. The reference is differentiated by JAX itself.
-BACK_ENDS: dict[str, ModuleType] = {"xla": xla, "reference": reference}
+Implementation = Literal["xla", "reference", "tpu", "gpu"]
+# A back end is a module with the functions of xla.py, which raise Unsupported to decline a call; the first is the default: no
+# kernel has been timed on a device yet. The reference is differentiated by JAX itself.
+BACK_ENDS: dict[str, ModuleType | LazyModule] = {
+    "xla": xla,
+    "reference": reference,
+    "tpu": LazyModule("kernels_pallas.lightning_indexer.tpu"),
+    "gpu": LazyModule("kernels_pallas.lightning_indexer.gpu"),
+}
 
 
 class IndexerKl(NamedTuple):

@@ -37,15 +37,18 @@ class Tiles:
     chunks: int
 
     @classmethod
-    def of(cls, q_BT: jax.Array, k_BS: jax.Array, heads: int) -> "Tiles":
-        """For queries [B, T, …] and keys [B, S, …]; `heads`: the most of them whose logits are held together."""
+    def of(cls, q_BT: jax.Array, k_BS: jax.Array, heads: int, multiple: int = WORD) -> "Tiles":
+        """For queries [B, T, …] and keys [B, S, …]; `heads`: the most of them whose logits are held together.
+
+        Chunks of keys are multiples of `multiple`, which is one of whole words.
+        """
         batch, num_queries, num_keys, cpu = q_BT.shape[0], q_BT.shape[1], k_BS.shape[1], platform() == "cpu"
         most = max(CPU_BLOCK, min(BLOCK, CPU_SCORES // num_keys)) if cpu else BLOCK
         blocks = math.ceil(num_queries / most)
         block = math.ceil(num_queries / blocks)
         rows = batch if batch * block <= most else 1
         chunks = math.ceil(num_keys / max(LEAST_CHUNK, (CPU_TILE if cpu else TILE) // (rows * block * heads)))
-        chunk = WORD * math.ceil(num_keys / chunks / WORD)
+        chunk = multiple * math.ceil(num_keys / chunks / multiple)
         chunks = math.ceil(num_keys / chunk)
         return cls(
             batch=batch,

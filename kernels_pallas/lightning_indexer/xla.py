@@ -1,6 +1,5 @@
 """The lightning indexer in plain JAX by tiles: memory grows with T and S, never with T·S."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.lightning_indexer import topk as choice
 from kernels_pallas.lightning_indexer.gathers import over_queries
+from kernels_pallas.lightning_indexer.selection import choose
 from kernels_pallas.lightning_indexer.tiles import TiledMask, Tiles
 from kernels_pallas.vary import full
 
@@ -20,9 +20,7 @@ def select_keys(
     tiles = Tiles.of(q_BTIJ, k_BSJ, q_BTIJ.shape[2])
     tiled_mask, keys = TiledMask.of(tiles, mask), jax.tree.map(tiles.cut_keys, (k_BSJ, k_scale_BS))
 
-    def one_block(carry: tuple[()], step: Any, queries: tuple[jax.Array, jax.Array]) -> tuple[tuple[()], jax.Array]:
-        q_btIJ, w_btI = queries
-
+    def sortable_scores(step: Any, q_btIJ: jax.Array, w_btI: jax.Array) -> jax.Array:
         def absorb(start: Any, key_btS: jax.Array) -> jax.Array:
             k_bsJ, k_scale_bs = tiles.keys_at(keys, step, start)
             score_bts = _scores(_logits(q_btIJ, k_bsJ), w_btI)
@@ -32,18 +30,9 @@ def select_keys(
             return jax.lax.dynamic_update_slice_in_dim(key_btS, key_bts, start, 2)
 
         none_btS = full((tiles.rows, tiles.block, tiles.padded_keys), choice.HIDDEN, jnp.int32, q_BTIJ)
-        key_RS = tiled_mask.over_keys(step, absorb, none_btS).reshape(-1, tiles.padded_keys)
+        return tiled_mask.over_keys(step, absorb, none_btS)
 
-        def over_pieces(absorb: Callable, state: Any) -> Any:
-            def one_piece(start: Any, state: Any) -> Any:
-                return absorb(jax.lax.dynamic_slice_in_dim(key_RS, start, tiles.chunk, 1), state)
-
-            return tiled_mask.over_keys(step, one_piece, state)
-
-        index_RW = jnp.minimum(choice.largest(key_RS, topk, over_pieces), tiles.num_keys)
-        return carry, index_RW.reshape(tiles.rows, tiles.block, topk)
-
-    return tiles.over_queries(one_block, (), (q_BTIJ, w_BTI))[1]
+    return choose(tiled_mask, sortable_scores, q_BTIJ, w_BTI, topk)
 
 
 def dense_kl(
