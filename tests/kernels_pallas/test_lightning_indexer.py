@@ -195,7 +195,10 @@ KINDS = {
 
 
 @pytest.mark.parametrize("number", [1, 40, 160])
-def test_largest_is_exact(number):
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_largest_is_exact(where, number, monkeypatch):
+    monkeypatch.setattr(topk, "platform", lambda: where)  # elsewhere than on CPU passes count at several bounds
+
     @jax.jit
     def run(score):
         key_RS = topk.sortable(score)
@@ -205,6 +208,23 @@ def test_largest_is_exact(number):
         score = draw_scores(np.random.default_rng(0), (12, 640)).astype(np.float32)
         want = chosen_keys(score[None], np.ones((1, *score.shape), bool), number)[0]
         np.testing.assert_array_equal(run(score), want, err_msg=kind)
+
+
+@pytest.mark.parametrize(("where", "most"), [("cpu", 16), ("gpu", 6)])
+def test_passes_over_the_keys(where, most, monkeypatch):
+    """Of scores that are not tied: the first, those that settle for a quarter of candidates too many, and two that mark them."""
+    monkeypatch.setattr(topk, "platform", lambda: where)
+    score = np.random.default_rng(0).standard_normal((16, 4096)).astype(np.float32)
+    key_RS, passes = topk.sortable(jnp.asarray(score)), []
+
+    def over_pieces(absorb, state):
+        jax.debug.callback(lambda: passes.append(1))
+        return absorb(key_RS, state)
+
+    low_R, reach_R = jax.jit(lambda like: topk._threshold(256, 320, over_pieces, like))(key_RS[:, 0])
+    jax.effects_barrier()
+    assert ((reach_R >= 256) & (reach_R <= 320)).all() and ((key_RS >= low_R[:, None]).sum(1) == reach_R).all()
+    assert len(passes) <= most
 
 
 # ---- losses
