@@ -10,7 +10,7 @@ from experiments.cli import did_you_mean, run_main
 from experiments.errors import UserError
 
 # in the order in which one meets them; each says what it does in the first line of its documentation
-COMMANDS = ("run", "generate", "score", "plot", "convert", "bench", "compile")
+COMMANDS = ("run", "generate", "chat", "score", "plot", "convert", "bench", "compile")
 
 
 def main(argv: list[str]) -> None:

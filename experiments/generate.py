@@ -1,7 +1,11 @@
 """Continues text with a trained model.
 
     python -m experiments.generate --checkpoint=runs/tiny --prompt='def fib(n):' --max_new_tokens=64 --temperature=0
+    python -m experiments.generate --checkpoint=runs/tiny --prompt='def fib(n):' --draft=mtp
     python -m experiments.generate --checkpoint=path/to/Qwen3-0.6B --chat --prompt='What is a monad?'
+    python -m experiments.generate --checkpoint=runs/tiny --prompts=prompts.jsonl --out=texts.jsonl --batch_size=16
+
+Drafts change how soon a text comes, never the text.
 """
 
 import dataclasses
@@ -11,27 +15,31 @@ import pathlib
 import re
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from experiments.cli import parse_flags, run_main
 from experiments.errors import UserError
+from experiments.prompts import Prompt, check_seed, encode, read_file
 
 if TYPE_CHECKING:
     from experiments.continuation import Continuation
-    from experiments.loading import LoadedModel, ModelSource
+    from experiments.loading import ModelSource
     from experiments.tokenizer import Tokenizer
-    from mdl.generate import Sampling
 
-MAX_SEED = 2**32 - 1
+REPORT_SECONDS = 5.0  # between two lines of progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateFlags:
     checkpoint: str  # run directory, one step of a run, or Hugging Face directory
     prompt: str | None = None  # text to continue; it and its continuation are printed as they come
-    prompts: str | None = None  # file of texts, continued as one batch: one per line, or .jsonl with "prompt", "seed"
+    prompts: str | None = None  # file of texts to continue: one per line, or .jsonl with "prompt", "seed"
     prompt_ids: tuple[int, ...] | None = None  # tokens to continue, printed as ids where there is no tokenizer
     out: str | None = None  # .jsonl file for prompt, text, ids and finish (eos, stop, length); none: print them
+    batch_size: int = 8  # prompts of a file continued at the same time; one that has ended makes room for the next
+    draft: Literal["mtp"] | None = (
+        None  # the MTP modules propose tokens that are verified in one step: the same text, sooner
+    )
     max_new_tokens: int = 128  # tokens to add at most
     temperature: float = 0.0  # 0 takes the most likely token; 1 samples as trained
     top_k: int | None = None  # choose among the k most likely tokens
@@ -48,33 +56,33 @@ class GenerateFlags:
             raise ValueError("give one of --prompt=TEXT, --prompts=FILE and --prompt_ids=1,2,3")
         if self.chat and self.prompt_ids is not None:
             raise ValueError("--chat puts text through the chat template; give it with --prompt or --prompts")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max_new_tokens={self.max_new_tokens}: must be at least 1")
-        _check_seed(self.seed, "--seed=")
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    text: str | None  # none: given as ids
-    ids: list[int]
-    seed: int
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)}: must be at least 1")
+        check_seed(self.seed)
 
 
 def main(argv: list[str]) -> int:
     """Prints, or writes, the continuations. Raises UserError before the weights are read for whatever can be known by then."""
     flags = parse_flags(argv, GenerateFlags)
-    texts = _read_prompts(flags)
+    texts = [(flags.prompt, flags.seed)] if flags.prompt is not None else []
+    if flags.prompts is not None:
+        texts = read_file(flags.prompts, flags.seed)
     stops = _stops(flags.stop)
     out = pathlib.Path(flags.out) if flags.out is not None else None
     if out and not out.absolute().parent.is_dir():
         raise UserError(f"--out={out}: the directory {out.absolute().parent} does not exist")
 
     from experiments.backend import set_up_backend
+    from experiments.completion import Completer, check_drafts
     from experiments.continuation import Continuation
     from experiments.loading import find_model
-    from mdl.generate import Sampling, check_prompts
+    from mdl.generate import check_prompts
+    from mdl.sampling import Sampling
 
     source = find_model(flags.checkpoint, ema=flags.ema)
+    if flags.draft:
+        check_drafts(source.config, flags.checkpoint)
     tokenizer = source.tokenizer()
     prompts = _encode(flags, texts, source, tokenizer)
     try:
@@ -86,15 +94,25 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--stop: {flags.checkpoint} has no tokenizer.json, so that its tokens are no text")
 
     set_up_backend()
-    model = source.load()
+    completer = Completer(source.load(), drafts=flags.draft is not None)
     eos_id = tokenizer.eos_id if tokenizer and flags.eos else None
     rows = [Continuation(tokenizer, eos_id=eos_id, stop=stops) for _ in prompts]
     is_streamed = out is None and len(prompts) == 1
     between = "\n" if flags.chat else ""
     if is_streamed and prompts[0].text is not None:
         _print(prompts[0].text + between)
+    report = _Report(rows)
+
+    def show(index: int, text: str) -> None:
+        if is_streamed:
+            _print(text)
+        else:
+            report()
+
     try:
-        speed = _run(model, prompts, rows, sampling, flags.max_new_tokens, is_streamed=is_streamed)
+        completer.complete(
+            prompts, rows, sampling, max_new_tokens=flags.max_new_tokens, at_once=flags.batch_size, show=show
+        )
     except KeyboardInterrupt:
         _print("\n")
         return 130
@@ -105,95 +123,29 @@ def main(argv: list[str]) -> int:
     else:
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             _print(f"--- {i + 1} of {len(prompts)} ({row.finish})\n{prompt.text}{between}{row.text}\n")
-    print(speed, file=sys.stderr)
+    print(completer.speed, file=sys.stderr)
     return 0
 
 
-def _run(
-    model: "LoadedModel",
-    prompts: list[Prompt],
-    rows: list["Continuation"],
-    sampling: "Sampling",
-    max_new_tokens: int,
-    *,
-    is_streamed: bool,
-) -> str:
-    """Fills the rows; returns a line about speed."""
-    import jax
+class _Report:
+    """Says now and then how far a batch is."""
 
-    from experiments.scoring import exact_float32
-    from mdl.generate import Generator
+    def __init__(self, rows: list["Continuation"]):
+        self._rows, self._last, self._tokens = rows, time.monotonic(), 0
 
-    started = first = time.monotonic()
-    with jax.set_mesh(model.mesh), exact_float32(model):
-        stream = Generator(model.pure, model.arrays).stream(
-            [prompt.ids for prompt in prompts],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seeds=[prompt.seed for prompt in prompts],
-        )
-        for step, token_B in enumerate(stream):
-            if step == 0:
-                first = time.monotonic()
-            for row, token in zip(rows, token_B, strict=True):
-                shown = row.push(token)
-                if is_streamed:
-                    _print(shown if model.tokenizer else f"{token} ")
-            if all(row.finish for row in rows):
-                break
-    seconds = time.monotonic() - first
-    for row in rows:
-        shown = row.end()
-        if is_streamed:
-            _print(shown)
-    tokens = sum(len(row.ids) for row in rows)
-    later = tokens - len(rows)  # the first of each row waits for compilation and for the prompts
-    rate = f", then {later / seconds:.1f} tokens/s" if later and seconds else ""
-    return f"{tokens} tokens; the first after {first - started:.1f} s{rate}"
+    def __call__(self) -> None:
+        seconds = time.monotonic() - self._last
+        if seconds < REPORT_SECONDS:
+            return
+        tokens = sum(len(row.ids) for row in self._rows)
+        done = sum(row.finish is not None for row in self._rows)
+        rate = (tokens - self._tokens) / seconds
+        print(f"{done} of {len(self._rows)} prompts, {tokens} tokens, {rate:.0f} tokens/s", file=sys.stderr)
+        self._last, self._tokens = time.monotonic(), tokens
 
 
 def _print(text: str) -> None:
     print(text, end="", flush=True)
-
-
-def _read_prompts(flags: GenerateFlags) -> list[tuple[str, int]]:
-    """Texts and seeds; none for --prompt_ids."""
-    if flags.prompt is not None:
-        return [(flags.prompt, flags.seed)]
-    if flags.prompts is None:
-        return []
-    try:
-        lines = pathlib.Path(flags.prompts).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"--prompts={flags.prompts}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts={flags.prompts}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise UserError(f"--prompts={flags.prompts}: holds no prompt")
-    if pathlib.Path(flags.prompts).suffix != ".jsonl":
-        return [(line, flags.seed) for _, line in numbered]
-    return [_read_line(line, f"--prompts={flags.prompts}: line {number}", flags.seed) for number, line in numbered]
-
-
-def _read_line(line: str, where: str, seed: int) -> tuple[str, int]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise UserError(f'{where}: an object with the text "prompt" is expected')
-    if "seed" in entry:
-        seed = entry["seed"]
-        if type(seed) is not int:
-            raise UserError(f"{where}: seed={seed!r} is not an integer")
-        _check_seed(seed, f"{where}: seed=")
-    return entry["prompt"], seed
-
-
-def _check_seed(seed: int, where: str) -> None:
-    if not 0 <= seed <= MAX_SEED:
-        raise UserError(f"{where}{seed}: must be between 0 and {MAX_SEED}")
 
 
 def _stops(stop: str | None) -> list[str]:
@@ -220,18 +172,7 @@ def _encode(
     if tokenizer is None:
         raise UserError(f"--checkpoint={flags.checkpoint}: holds no tokenizer.json; give --prompt_ids instead of text")
     bos = source.begins_with_bos(tokenizer) if flags.bos is None else flags.bos
-    if flags.chat:
-        from experiments.chat_template import encode_chat
-
-        messages = [{"role": "user", "content": text} for text, _ in texts]
-        ids = [encode_chat(tokenizer, [message], bos=bos) for message in messages]
-    else:
-        ids = [tokenizer.encode(text, bos=bos) for text, _ in texts]
-    prompts = [Prompt(text, row, seed) for (text, seed), row in zip(texts, ids, strict=True)]
-    for prompt in prompts:
-        if not prompt.ids:
-            raise UserError("an empty prompt cannot be continued without BOS; give text or --bos")
-    return prompts
+    return encode(texts, tokenizer, bos=bos, chat=flags.chat)
 
 
 def _write(out: pathlib.Path, prompts: list[Prompt], rows: list["Continuation"]) -> None:

@@ -4,7 +4,7 @@
 the plot know: `loss`, `loss/main`, `loss/mtp_1`, `loss/balance`, `loss/z`, `bpb`, `grad_norm`, `learning_rate`,
 `tokens`, `tokens_per_second`, `mfu`, `step_ms`, `data_wait` (share of the step), `load/max_violation`,
 `load/entropy`, `load/drop_rate`, `indexer/kl`, `indexer/uniform`, `skipped_steps`, `val/loss`, `val/bpb`,
-`val/indexer/recall`.
+`val/acceptance/mtp_1`, `val/indexer/recall`.
 
 JSON has no NaN and no infinity: such a value is written as null, its name stays.
 """

@@ -117,6 +117,7 @@ _COLUMNS: dict[str, Callable[[float], str]] = {
     "step_ms": lambda x: f"{x:.0f} ms" if x >= 9.95 else f"{x:.1f} ms",
     "data_wait": lambda x: f"wait {100 * x:.1f}%",
     "indexer/kl": lambda x: f"kl {x:.3f}",
+    "val/acceptance/mtp_1": lambda x: f"drafts {100 * x:.1f}%",
     "val/indexer/recall": lambda x: f"recall {100 * x:.1f}%",
     "load/max_violation": lambda x: f"max-vio {x:.2f}",
     "skipped_steps": lambda x: f"skipped {x:.0f}" if x else "",

@@ -13,6 +13,8 @@ from mdl.attention.selection import IndexerStats
 from mdl.loss import LossWeights, Terms, count_targets, cross_entropy, loss_terms, targets_at_depth
 from mdl.moe.router import updated_bias
 from mdl.pure import PureModel, Tree
+from mdl.sampling import most_likely
+from mdl.transformer import Transformer, shift_left
 
 Metrics = dict[str, jax.Array]
 
@@ -188,6 +190,8 @@ class Evaluated(NamedTuple):
     targets: jax.Array  # number of them
     tokens: jax.Array  # number that the model read
     indexer: IndexerStats | None  # of each layer [L], where the model has indexers
+    mtp_right: tuple[jax.Array, ...]  # of each MTP depth: targets of which module and model expect the same token
+    mtp_targets: tuple[jax.Array, ...]  # of each MTP depth: number of them
 
 
 def make_eval_step(model: PureModel) -> Callable[..., Evaluated]:
@@ -200,6 +204,31 @@ def make_eval_step(model: PureModel) -> Callable[..., Evaluated]:
         output = transformer(batch["tokens"][:, :-1], batch["positions"][:, :-1], segment_ids, measure="recall")
         nll = cross_entropy(transformer, output.hidden_BTD, targets, valid).nll
         num_targets, num_tokens = (jnp.sum(flags, dtype=jnp.float32) for flags in (valid, segment_ids > 0))
-        return Evaluated(nll, num_targets, num_tokens, output.stats.indexer)
+        right, counts = acceptance(transformer, output.hidden_BTD, batch)
+        return Evaluated(nll, num_targets, num_tokens, output.stats.indexer, right, counts)
 
     return eval_step
+
+
+def acceptance(
+    model: Transformer, hidden_BTD: jax.Array, batch: dict[str, jax.Array]
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """How many tokens each MTP module would have drafted right, as decoding counts it with temperature 0, and of how many.
+
+    Module k at t and the model at t + k speak of the same token, and both have read the true ones before it.
+    """
+    if not model.mtp:
+        return (), ()
+    segment_ids = batch["segment_ids"]
+    target_BT, valid_BT = targets_at_depth(batch["tokens"], segment_ids, 0)
+    ahead_segment_ids_BT = jnp.where(valid_BT, segment_ids[:, :-1], 0)
+    modules = model.predict_ahead(hidden_BTD, target_BT, batch["positions"][:, :-1], ahead_segment_ids_BT)
+    chosen_BT = most_likely(model, hidden_BTD)
+    right, counts = [], []
+    for k, (ahead_BTD, _) in enumerate(modules, start=1):
+        chosen_BT = shift_left(chosen_BT)
+        _, counts_BT = targets_at_depth(batch["tokens"], segment_ids, k)
+        is_right_BT = counts_BT & (most_likely(model, ahead_BTD) == chosen_BT)
+        right.append(jnp.sum(is_right_BT, dtype=jnp.float32))
+        counts.append(jnp.sum(counts_BT, dtype=jnp.float32))
+    return tuple(right), tuple(counts)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mdl.attention.cache import Cache
 from mdl.attention.core import Context
 from mdl.block import Block, BlockStats
 from mdl.linear import Init, Linear
@@ -27,12 +28,12 @@ class MtpModule(nnx.Module):
         self.norm = RmsNorm(hidden_size, eps=eps, init=init)
 
     def __call__(
-        self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, context: Context
-    ) -> tuple[jax.Array, BlockStats]:
-        """hidden_BTD at t and the embedding of token t + k; returns the hidden state, normed, and the block's statistics."""
+        self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, context: Context, cache: Cache | None = None
+    ) -> tuple[jax.Array, BlockStats, Cache | None]:
+        """hidden_BTD at t and the embedding of token t + k; returns the hidden state, normed, and what the block has to say."""
         joined = jnp.concatenate([self.embedding_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
-        x_BTD, stats, _ = self.block(self.eh_proj(joined), context)
-        return self.norm(x_BTD), stats
+        x_BTD, stats, cache = self.block(self.eh_proj(joined), context, cache)
+        return self.norm(x_BTD), stats, cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -230,7 +230,7 @@ class Transformer(nnx.Module):
         for module in self.mtp.values():
             context = self.context(positions_BT, segment_ids_BT, measure)
             run = self._remat(
-                lambda h_BTD, e_BTD, module=module, context=context: module(h_BTD, e_BTD, context), hidden_BTD
+                lambda h_BTD, e_BTD, module=module, context=context: module(h_BTD, e_BTD, context)[:2], hidden_BTD
             )
             hidden_BTD, stats = run(hidden_BTD, self.embed(tokens_BT))
             ahead.append((hidden_BTD, stats))

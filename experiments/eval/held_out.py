@@ -28,7 +28,8 @@ class HeldOut:
 
     def scores(self, state: Tree) -> dict[str, Any]:
         """val/loss in nats per target and val/bpb; of the averaged parameters too, as val/ema_…, where the run keeps them. What
-        sparse attention's indexers are worth as val/indexer/…, each layer's own as arrays."""
+        sparse attention's indexers are worth as val/indexer/…, each layer's own as arrays; what share of their tokens MTP modules
+        foresee as val/acceptance/mtp_1, …"""
         scores = self._score(state["params"], state["buffers"], "val/")
         if "ema" in state:
             scores |= self._score(state["ema"], state["buffers"], "val/ema_")
@@ -42,9 +43,11 @@ class HeldOut:
             total = sums if total is None else jax.tree.map(np.add, total, sums)
         assert total is not None
         means = indexer_metrics(jax.tree.map(lambda sum_L: sum_L / total.tokens, total.indexer))
+        accepted = zip(total.mtp_right, total.mtp_targets, strict=True)
         return {
             f"{prefix}loss": total.nll / total.targets,
             f"{prefix}bpb": total.nll / math.log(2) / self._bytes,
+            **{f"{prefix}acceptance/mtp_{k}": right / max(of, 1) for k, (right, of) in enumerate(accepted, start=1)},
             **{f"{prefix}{name}": value for name, value in means.items() if name != "loss/indexer"},
         }
 

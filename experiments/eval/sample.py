@@ -5,8 +5,9 @@ from collections.abc import Callable
 from experiments.config import ExperimentConfig
 from experiments.continuation import Continuation
 from experiments.tokenizer import Tokenizer
-from mdl.generate import Generator, Sampling
+from mdl.generate import Generator
 from mdl.pure import PureModel, Tree
+from mdl.sampling import Sampling
 
 SAMPLING = Sampling(temperature=0.8)
 
@@ -24,12 +25,14 @@ def print_sample(
         return
     row = Continuation(tokenizer, eos_id=tokenizer.eos_id)
     stream = Generator(model, state).stream(
-        [ids], max_new_tokens=length, sampling=SAMPLING, seeds=[config.seed % 2**32]
+        [ids],
+        max_new_tokens=length,
+        sampling=SAMPLING,
+        seeds=[config.seed % 2**32],
+        ended=lambda index: row.finish is not None,
     )
-    for token_B in stream:
-        row.push(token_B[0])
-        if row.finish:
-            break
+    for _, [token] in stream:
+        row.push(token)
     row.end()
     say(f"--- sample: {len(row.ids)} tokens, temperature {SAMPLING.temperature}, seed {config.seed}")
     say(f"{config.eval.sample_prompt}{row.text}")

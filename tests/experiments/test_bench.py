@@ -100,6 +100,15 @@ def test_decode(tmp_path):
     assert all(row["tokens_per_second"] > 0 and row["cpu_ms_per_token"] > 0 for row in results)
 
 
+def test_decode_with_drafts(tmp_path):
+    flags = [f"--config={SMALL}", "--batch=2", "--prompt=4", "--tokens=4", "--draft=mtp"]
+    plain, drafted = run(tmp_path, "decode", *flags)
+    assert (plain["draft"], drafted["draft"]) == (None, "mtp") and drafted["speedup"] > 0
+    assert len(drafted["acceptance"]) == 1 and 0 <= drafted["acceptance"][0] <= 1
+    with pytest.raises(UserError, match="--draft=mtp: the config: the model has no MTP modules"):
+        bench.main(["decode", *flags, "--config.model.mtp=none"])
+
+
 def test_decode_of_nothing_is_refused():
     with pytest.raises(UserError, match="--batch, --prompt and --tokens"):
         bench.main(["decode", f"--config={SMALL}", "--tokens=0"])

@@ -23,6 +23,7 @@ from experiments.loading import find_model
 from experiments.tokenizer import BOS, EOS, Tokenizer, byte_tokenizer
 from mdl.attention.gqa import GqaConfig
 from mdl.mlp import MlpConfig
+from mdl.mtp import MtpConfig
 from mdl.precision import PrecisionConfig
 from mdl.pure import PureModel
 from mdl.sharding import MeshConfig
@@ -49,18 +50,28 @@ CONFIG = ExperimentConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def save_run(folder: pathlib.Path, config: ExperimentConfig) -> pathlib.Path:
     """A run with averaged parameters, which are those of another seed."""
-    folder = tmp_path_factory.mktemp("run")
     BYTES.save(folder / "tokenizer")
-    (folder / "config.json").write_text(json.dumps(to_json(CONFIG)))
-    init = jax.jit(PureModel(CONFIG.model).init)
+    (folder / "config.json").write_text(json.dumps(to_json(config)))
+    init = jax.jit(PureModel(config.model).init)
     with CheckpointConfig(every=1).build(folder / "checkpoints") as checkpointer:
         for step in (1, 2):
             state = init(jax.random.key(step)) | {"ema": init(jax.random.key(step - 1))["params"]}
-            checkpointer.save(step, state, data_state={}, config_json=to_json(CONFIG), extra={})
+            checkpointer.save(step, state, data_state={}, config_json=to_json(config), extra={})
     return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("run"), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory):
+    """A run with an MTP module."""
+    model = dataclasses.replace(CONFIG.model, mtp=MtpConfig())
+    return save_run(tmp_path_factory.mktemp("drafting"), dataclasses.replace(CONFIG, model=model))
 
 
 @pytest.fixture
@@ -117,6 +128,34 @@ def test_a_prompt_can_be_a_message(run, workdir, tmp_path):
 def test_averaged_parameters(run, workdir):
     averaged, earlier = run(prompt="x = ", ema=True), run(workdir / "checkpoints" / "step_1", prompt="x = ")
     assert averaged == earlier != run(prompt="x = ")
+
+
+def test_more_prompts_than_rows(workdir, tmp_path, monkeypatch, capsys):
+    """The same texts in the same order however many are continued at once; each that ends makes room."""
+    monkeypatch.setattr(generate, "REPORT_SECONDS", 0.0)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join("abcdefghijklm"[:length] for length in (3, 9, 1, 12, 5)))
+    texts = []
+    for batch_size in (1, 2, 8):
+        out = tmp_path / f"{batch_size}.jsonl"
+        flags = {"prompts": prompts, "out": out, "seed": 3, "temperature": 1, "stop": r"\n", "max_new_tokens": 9}
+        argv = [
+            f"--{name}={value}" for name, value in ({"checkpoint": workdir, "batch_size": batch_size} | flags).items()
+        ]
+        assert generate.main(argv) == 0
+        texts.append(out.read_text(encoding="utf-8"))
+    assert texts[0] == texts[1] == texts[2] and texts[0].count("\n") == 5
+    assert re.search(r"^\d of 5 prompts, \d+ tokens, \d+ tokens/s$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_drafts_give_the_same_text(drafting, capsys):
+    argv = [f"--checkpoint={drafting}", "--prompt=def f", "--max_new_tokens=12", "--temperature=0.8", "--seed=5"]
+    assert generate.main(argv) == 0
+    plain = capsys.readouterr()
+    assert generate.main([*argv, "--draft=mtp"]) == 0
+    drafted = capsys.readouterr()
+    assert drafted.out == plain.out and "drafts" not in plain.err
+    assert re.search(r"tokens/s; of the drafts \d+ % were right, 1\.\d\d tokens a step$", drafted.err, re.MULTILINE)
 
 
 def test_tokens_of_a_directory_without_tokenizer(run):
@@ -290,6 +329,8 @@ BAD_FLAGS = {
     "no checkpoint": ({"checkpoint": "/none", "prompt": "a"}, "--checkpoint=/none: no such directory"),
     "no tokenizer": ({"checkpoint": LLAMA, "prompt": "a"}, "holds no tokenizer.json; give --prompt_ids"),
     "no averages": ({"checkpoint": LLAMA, "prompt_ids": "1", "ema": "true"}, "holds no averaged parameters"),
+    "no rows": ({"prompt": "a", "batch_size": 0}, "--batch_size=0: must be at least 1"),
+    "no modules": ({"prompt": "a", "draft": "mtp"}, "--draft=mtp: .*: the model has no MTP modules"),
     "stop without text": ({"checkpoint": LLAMA, "prompt_ids": "1", "stop": "a"}, "has no tokenizer.json"),
 }
 

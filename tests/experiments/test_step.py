@@ -288,3 +288,34 @@ def test_evaluation_is_the_main_loss(state, stepped):
     assert sums.indexer is None and sums.tokens == np.sum(segments[:, :-1] > 0)
     assert count == np.sum((segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] > 0))
     np.testing.assert_allclose(total / count, stepped(1)[1]["loss/main"], rtol=ROUNDING)
+
+
+def test_acceptance_is_what_temperature_zero_would_accept(state):
+    """Counted target by target from whole logits: the module at t against the model at t + 1, in documents of three tokens on."""
+    rows = {name: x[0] for name, x in batch(1).items()}
+    # A module that repeats what it reads of the newest token is right now and then where that says most; a random one is not.
+    params = jax.tree.map(np.copy, state["params"])
+    params["embedding"] *= 20
+    weight = params["mtp"]["0"]["eh_proj"]["weight"]
+    weight[...] = 6 * np.eye(*weight.shape) + weight
+    tokens, segments = rows["tokens"], rows["segment_ids"]
+
+    @jax.jit
+    def chosen(params):
+        model = MODEL.merge(params, state["buffers"])
+        hidden_BTD = model(tokens[:, :-1], rows["positions"][:, :-1], segments[:, :-1]).hidden_BTD
+        inside = np.where(segments[:, 1:] == segments[:, :-1], segments[:, :-1], 0)
+        ((ahead_BTD, _),) = model.predict_ahead(hidden_BTD, tokens[:, 1:], rows["positions"][:, :-1], inside)
+        return jnp.argmax(model.logits(hidden_BTD), axis=-1), jnp.argmax(model.logits(ahead_BTD), axis=-1)
+
+    by_model, by_module = map(np.asarray, chosen(params))
+    targets = [
+        (row, t)
+        for row in range(ROWS)
+        for t in range(T - 1)
+        if segments[row, t] > 0 and segments[row, t] == segments[row, t + 1] == segments[row, t + 2]
+    ]
+    right = sum(by_module[row, t] == by_model[row, t + 1] for row, t in targets)
+    sums = jax.jit(make_eval_step(MODEL))(params, state["buffers"], rows)
+    assert sums.mtp_targets == (len(targets),) and sums.mtp_right == (right,)
+    assert 0 < right < len(targets)

@@ -13,10 +13,11 @@ from flax import nnx
 from mdl.attention.cache import write
 from mdl.attention.core import Context
 from mdl.attention.mla import Mla, MlaConfig
-from mdl.generate import Generator, Sampling
+from mdl.generate import Generator
 from mdl.linear import Init
 from mdl.precision import PrecisionConfig
 from mdl.rope import YarnConfig, rotary_tables
+from mdl.sampling import Sampling
 from mdl.sharding import MeshConfig
 
 D, B, S = 32, 8, 24
@@ -94,8 +95,10 @@ PROMPTS = [np.random.default_rng(5).integers(0, models.V, n).tolist() for n in (
 
 
 def continued(generator: Generator) -> list[list[int]]:
-    steps = generator.stream(PROMPTS, max_new_tokens=6, sampling=Sampling(), seeds=[0] * len(PROMPTS))
-    return np.stack(list(steps), axis=1).tolist()
+    texts: list[list[int]] = [[] for _ in PROMPTS]
+    for index, tokens in generator.stream(PROMPTS, max_new_tokens=6, sampling=Sampling(), seeds=[0] * len(PROMPTS)):
+        texts[index] += tokens
+    return texts
 
 
 @functools.cache

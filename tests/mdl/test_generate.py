@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from experiments.loading import LoadedModel, find_model
-from mdl.generate import Generator, Sampling, bucket, check_prompts, decode, prefill, sample_tokens
+from mdl.decoding import decode, prefill
+from mdl.generate import Generator, bucket, check_prompts, power_of_two
 from mdl.pure import PureModel
+from mdl.sampling import Sampling, sample_tokens
 from mdl.sharding import MeshConfig
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -35,11 +37,17 @@ def generator(name: str) -> Generator:
     return Generator(models.pure(CONFIGS[name]), models.parameters(CONFIGS[name]))
 
 
-def continued(generator: Generator, prompts, *, sampling=GREEDY, seeds=None, max_new_tokens=8) -> list[list[int]]:
+def continued(
+    generator: Generator, prompts, *, sampling=GREEDY, seeds=None, max_new_tokens=8, rows=None
+) -> list[list[int]]:
+    texts: list[list[int]] = [[] for _ in prompts]
     seeds = [0] * len(prompts) if seeds is None else seeds
-    steps = list(generator.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds))
-    assert len(steps) == max_new_tokens
-    return np.stack(steps, axis=1).tolist()
+    for index, tokens in generator.stream(
+        prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, rows=rows
+    ):
+        texts[index] += tokens
+    assert all(len(text) == max_new_tokens for text in texts)
+    return texts
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------------------
@@ -69,12 +77,14 @@ def test_decoding_equals_full_forward_passes(name):
         tokens_BT[b, : len(prompt)] = prompt
     first = quick_jit(lambda arrays, *args: prefill(merged(arrays), *args, length=32))
     step = quick_jit(lambda arrays, *args: decode(merged(arrays), *args))
-    logits_BV, cache = first(arrays, tokens_BT, lengths)
-    for i in range(steps):
+    read = first(arrays, tokens_BT, lengths)
+    taken = 1
+    for i in range(0, steps, 2):  # two tokens at a time, as with a draft
         for b, length in enumerate(lengths):
-            np.testing.assert_allclose(logits_BV[b], expected_BTV[b, length + i - 1], rtol=2e-5, atol=2e-5)
-        token_B = np.array([row[length + i] for row, length in zip(rows, lengths, strict=True)], np.int32)
-        logits_BV, cache = step(arrays, cache, token_B, lengths + i)
+            expected_TV = expected_BTV[b, length + i - taken : length + i]
+            np.testing.assert_allclose(read.logits_BTV[b], expected_TV, rtol=2e-5, atol=2e-5)
+        following = [row[length + i : length + i + 2] for row, length in zip(rows, lengths, strict=True)]
+        read, taken = step(arrays, read.cache, np.array(following, np.int32), lengths + i), 2
 
 
 DRAWN = Sampling(temperature=0.9, top_k=20, top_p=0.9)
@@ -86,18 +96,38 @@ DRAWN = Sampling(temperature=0.9, top_k=20, top_p=0.9)
 def test_the_same_seed_gives_the_same_text_whatever_the_batch(name, sampling):
     seeds = [3, 1, 4, 1]
     together = continued(generator(name), PROMPTS, sampling=sampling, seeds=seeds)
+    in_turn = continued(generator(name), PROMPTS, sampling=sampling, seeds=seeds, rows=2)
     backwards = continued(generator(name), PROMPTS[::-1], sampling=sampling, seeds=seeds[::-1])
     alone = [
         continued(generator(name), [prompt], sampling=sampling, seeds=[seed])[0]
         for prompt, seed in zip(PROMPTS, seeds, strict=True)
     ]
-    assert together == backwards[::-1] == alone
+    assert together == in_turn == backwards[::-1] == alone
 
 
 def test_other_seeds_give_other_text():
     drawn = continued(generator("v3"), [PROMPTS[0]] * 4, sampling=Sampling(temperature=1.0), seeds=[0, 0, 1, 2])
     assert drawn[0] == drawn[1]
     assert len({tuple(row) for row in drawn}) == 3
+
+
+def test_a_row_that_has_ended_makes_room():
+    """Prompts end after unequal numbers of tokens, which the caller decides; no text depends on it."""
+    whole = continued(generator("v3"), PROMPTS * 2)
+    lengths, texts = [3, 1, 8, 2, 5, 8, 1, 4], [[] for _ in range(8)]
+    stream = generator("v3").stream(
+        PROMPTS * 2,
+        max_new_tokens=8,
+        sampling=GREEDY,
+        seeds=[0] * 8,
+        rows=3,
+        ended=lambda index: len(texts[index]) == lengths[index],
+    )
+    most = 0
+    for index, tokens in stream:
+        texts[index] += tokens
+        most = max(most, sum(0 < len(text) < length for text, length in zip(texts, lengths, strict=True)))
+    assert texts == [row[:length] for row, length in zip(whole, lengths, strict=True)] and most <= 3
 
 
 def test_the_newest_token_counts():
@@ -175,10 +205,10 @@ def test_golden_continuations(variant):
     step = quick_jit(lambda arrays, *args: decode(merged(arrays), *args))
     lengths = np.full(len(prompts), prompts.shape[1], np.int32)
     arrays = jax.tree.map(np.asarray, loaded.arrays)  # off the mesh
-    logits_BV, cache = first(arrays, prompts, lengths)
+    read = first(arrays, prompts, lengths)
     for i in range(tokens.shape[1]):
-        np.testing.assert_allclose(logits_BV, expected[:, i], rtol=1e-4, atol=1e-4)
-        logits_BV, cache = step(arrays, cache, tokens[:, i], lengths + i)
+        np.testing.assert_allclose(read.logits_BTV[:, 0], expected[:, i], rtol=1e-4, atol=1e-4)
+        read = step(arrays, read.cache, tokens[:, i : i + 1], lengths + i)
 
 
 # --- sampling ----------------------------------------------------------------------------------------------------------------
@@ -217,9 +247,9 @@ def test_samples_follow_the_reference_distribution(sampling):
     draws = 20_000
     logits = np.random.default_rng(1).normal(size=12).astype(np.float32) * 1.5
     seed_B, position_B = np.arange(draws, dtype=np.uint32) % 100, np.arange(draws, dtype=np.int32) // 100
-    tokens = sample_tokens(np.broadcast_to(logits, (draws, 12)), seed_B, position_B, sampling)
+    tokens = sample_tokens(np.broadcast_to(logits, (draws, 1, 12)), seed_B, position_B[:, None], sampling)
     expected = reference_distribution(logits, sampling)
-    counts = np.bincount(np.asarray(tokens), minlength=12)
+    counts = np.bincount(np.asarray(tokens)[:, 0], minlength=12)
     assert not counts[expected == 0].any()
     drawn = expected > 0
     deviation = np.sqrt(draws * expected[drawn] * (1 - expected[drawn])) + 1e-9
@@ -227,10 +257,10 @@ def test_samples_follow_the_reference_distribution(sampling):
 
 
 def test_low_precision_logits_are_sampled_in_float32():
-    logits = np.zeros((2000, 8), jnp.bfloat16)
-    seed_B, position_B = np.arange(2000, dtype=np.uint32), np.zeros(2000, np.int32)
+    logits = np.zeros((2000, 1, 8), jnp.bfloat16)
+    seed_B, position_BT = np.arange(2000, dtype=np.uint32), np.zeros((2000, 1), np.int32)
     low, high = (
-        sample_tokens(logits.astype(dtype), seed_B, position_B, Sampling(temperature=1.0))
+        sample_tokens(logits.astype(dtype), seed_B, position_BT, Sampling(temperature=1.0))
         for dtype in (jnp.bfloat16, jnp.float32)
     )
     np.testing.assert_array_equal(low, high)
@@ -243,6 +273,7 @@ def test_low_precision_logits_are_sampled_in_float32():
     ("fields", "message"),
     [
         ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_k": 0}, "top_k=0"),
         ({"top_p": 0.0}, "top_p=0"),
         ({"top_p": 1.1}, "top_p"),
@@ -276,3 +307,4 @@ def test_buckets_are_few_and_tight():
     assert all(length <= b <= max(1.25 * length, length + 31) for length, b in zip(lengths, buckets, strict=True))
     assert buckets == sorted(buckets) and buckets[0] == 32
     assert len(set(buckets)) <= 4 * 9
+    assert [power_of_two(length) for length in (1, 32, 33, 64, 65)] == [32, 32, 64, 64, 128]
