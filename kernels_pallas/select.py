@@ -32,7 +32,7 @@ def select(op: str, implementation: str | None, table: Mapping[str, T]) -> T:
     if name not in table:
         raise Unsupported(f"{op} has no implementation {name!r}; it has {', '.join(table)}")
     if implementation is None:
-        _say(op, name)
+        say(op, name)
     return table[name]
 
 
@@ -43,5 +43,6 @@ def platform() -> str:
 
 
 @functools.cache
-def _say(op: str, name: str) -> None:
+def say(op: str, name: str) -> None:
+    """Logs a choice, once."""
     log.info("%s: implementation %s", op, name)

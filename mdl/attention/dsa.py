@@ -23,12 +23,14 @@ from mdl.attention.selection import (
     Index,
     IndexerStats,
     Main,
+    as_mask,
     attend_selected,
     decode_selected,
     kl_of_all,
     kl_of_selected,
     recall_of_selected,
     select,
+    selects_by_mask,
     with_positions,
 )
 from mdl.linear import Init
@@ -115,7 +117,8 @@ class Dsa(nnx.Module):
         S = _length(entries)
         mask = context.mask(S)
         k_BSZK, v_BSZU = self.dense.as_cached(entries)
-        expanded = self.dense.keys_and_values(entries) if context.measure == "recall" else None
+        by_mask = context.segment_ids_BT is not None and selects_by_mask(S, self.config.index_topk)
+        expanded = self.dense.keys_and_values(entries) if by_mask or context.measure == "recall" else None
 
         def of_part(
             x_BTD: jax.Array, latent_BTQ: jax.Array, context: Context, mask: Mask, selected_BTW: jax.Array | None
@@ -134,20 +137,28 @@ class Dsa(nnx.Module):
                 o_BTNC = decode_selected(wide_BTNK, latents, selected_BTW, scale=scale)
                 return dense.o_proj(dense.expanded(o_BTNC)), None, selected_BTW
 
-            width = dense.config.kv_lora_rank if isinstance(dense, Mla) else None
-            o_BTNC, lse_BTN = attend_selected(wide_BTNK, k_BSZK, v_BSZU, selected_BTW, scale=scale, value_width=width)
+            if by_mask and expanded is not None:
+                chosen = dataclasses.replace(mask, selected_BTS=as_mask(selected_BTW, S))
+                o_BTNU, lse_BTN = attend(q_BTNK, *expanded, scale=scale, mask=chosen)
+            else:
+                width = dense.config.kv_lora_rank if isinstance(dense, Mla) else None
+                o_BTNC, lse_BTN = attend_selected(
+                    wide_BTNK, k_BSZK, v_BSZU, selected_BTW, scale=scale, value_width=width
+                )
+                o_BTNU = dense.expanded(o_BTNC)
             stats = None
             if index is not None and context.measure != "nothing":
                 main = Main(wide_BTNK, k_BSZK, lse_BTN)
                 kl_BT, uniform_BT = kl_of_selected(index, main, selected_BTW, scale=scale)
                 recall_BT = None
-                if expanded is not None:
+                if context.measure == "recall" and expanded is not None:
                     _, lse_of_all_BTN = attend(q_BTNK, *expanded, scale=scale, mask=mask)
                     main = main._replace(lse_BTN=lse_of_all_BTN)
                     recall_BT = recall_of_selected(main, selected_BTW, scale=scale)
                 stats = _summed(IndexerStats(kl_BT, uniform_BT, recall_BT), context)
-            return dense.o_proj(dense.expanded(o_BTNC)), stats, selected_BTW
+            return dense.o_proj(o_BTNU), stats, selected_BTW
 
+        x_BTD = jax.lax.stop_gradient(x_BTD)  # only the indexer reads it, and a gradient of zeros takes as much memory
         if x_BTD.shape[1] <= QUERIES:
             return of_part(x_BTD, latent_BTQ, context, mask, selected_BTW)
         return _in_parts(of_part, x_BTD, latent_BTQ, context, mask, selected_BTW)

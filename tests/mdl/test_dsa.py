@@ -30,7 +30,7 @@ from models import (
 from numpy_model import index_scores, indexer_terms, selected
 
 from experiments.loading import LoadedModel, find_model
-from mdl.attention import dsa
+from mdl.attention import dsa, selection
 from mdl.attention.core import Context
 from mdl.attention.dsa import Dsa, DsaConfig, Indexer
 from mdl.attention.mla import Mla
@@ -417,10 +417,16 @@ def test_parts_of_a_row_are_the_whole(stage, monkeypatch):
         np.testing.assert_allclose(grad, want_grads[path], rtol=0, atol=ROUNDING * np.abs(want_grads[path]).max())
 
 
-@pytest.mark.parametrize("stage", ["sparse", pytest.param("warmup", marks=pytest.mark.slow)])
-def test_eight_devices_give_what_one_gives(stage):
+@pytest.mark.parametrize(
+    ("stage", "masked_keys"),
+    [("sparse", 0), ("sparse", 1000), pytest.param("warmup", 0, marks=pytest.mark.slow)],
+    ids=["gathered", "by mask", "warmup"],
+)
+def test_eight_devices_give_what_one_gives(stage, masked_keys, monkeypatch):
     config = STAGES[stage]
     want_grads, want_terms = result(config, indexer=2.0)
+    monkeypatch.setattr(selection, "MASKED_KEYS", masked_keys)
+    gradient_of.cache_clear()  # of what was traced with another rule
     mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2).build()
     with jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda s: NamedSharding(mesh, s.sharding.spec), pure(config).abstract())
