@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from small_runs import DENSE
 
 from experiments import bench
 from experiments.benches import mla_decode
@@ -28,9 +29,8 @@ def run(tmp_path, *argv):
 
 
 def test_step(tmp_path):
-    results = run(
-        tmp_path, "step", f"--config={SMALL}", "--config.train.batch_size=16", "--config.train.grad_accum_steps=2"
-    )
+    rows = "--config.train.batch_size=16", "--config.train.grad_accum_steps=2"
+    results = run(tmp_path, "step", f"--config={SMALL}", *DENSE, *rows)
     assert results["tokens_per_second"] > 0 and 0 < results["mfu"] < 2 and results["compile_seconds"] > 0
     assert results["peak_memory_bytes"] > 1e6
     assert results["batch"]["rows"] == 16

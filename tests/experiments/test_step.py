@@ -128,7 +128,7 @@ def assert_close(got, want, tolerance=ROUNDING):
         np.testing.assert_allclose(leaves(got)[path], leaf, rtol=0, atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_split_is_the_same_step(stepped, parts):
     (want, want_metrics), (got, metrics) = stepped(1), stepped(parts)
     assert metrics.keys() == want_metrics.keys()

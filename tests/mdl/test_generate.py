@@ -91,7 +91,14 @@ DRAWN = Sampling(temperature=0.9, top_k=20, top_p=0.9)
 
 
 @pytest.mark.parametrize(
-    ("name", "sampling"), [("v3", GREEDY), ("v3", DRAWN), ("v2", GREEDY), ("qwen", DRAWN), ("dense", GREEDY)]
+    ("name", "sampling"),
+    [
+        ("v3", GREEDY),
+        ("v3", DRAWN),
+        pytest.param("v2", GREEDY, marks=pytest.mark.slow),
+        pytest.param("qwen", DRAWN, marks=pytest.mark.slow),
+        ("dense", GREEDY),
+    ],
 )
 def test_the_same_seed_gives_the_same_text_whatever_the_batch(name, sampling):
     seeds = [3, 1, 4, 1]
@@ -146,7 +153,13 @@ MESHES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"), [("v3", "rows"), ("v3", "expert_tensor"), ("qwen", "fsdp_tensor"), ("v32_fp8", "expert_tensor")]
+    ("name", "mesh"),
+    [
+        ("v3", "rows"),
+        ("v3", "expert_tensor"),
+        pytest.param("qwen", "fsdp_tensor", marks=pytest.mark.slow),
+        ("v32_fp8", "expert_tensor"),
+    ],
 )
 def test_eight_devices_equal_one(name, mesh):
     """Three rows on a mesh that splits them by eight, four or two."""
@@ -180,8 +193,8 @@ def test_every_position_can_be_used():
 
 GOLDEN_VARIANTS = [
     "deepseek_v3",
-    "deepseek_v3_yarn",
-    "deepseek_v2_lite",
+    pytest.param("deepseek_v3_yarn", marks=pytest.mark.slow),
+    pytest.param("deepseek_v2_lite", marks=pytest.mark.slow),
     "deepseek_v32",
     "glm_moe_dsa",
     "qwen3_untied",
