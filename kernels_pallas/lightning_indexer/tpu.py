@@ -39,11 +39,11 @@ def select_keys(
 ) -> jax.Array:
     """The chosen keys [B, T, W], ascending, S for what is missing. Raises Unsupported."""
     heads, width = q_BTIJ.shape[2:]
-    if q_BTIJ.dtype.itemsize == 1:
-        q_BTIJ, k_BSJ = q_BTIJ.astype(jnp.bfloat16), k_BSJ.astype(jnp.bfloat16)  # exactly
-    if q_BTIJ.dtype not in (jnp.float32, jnp.bfloat16):
-        raise Unsupported(f"select_keys on TPU has float32, bfloat16 and FP8, not {q_BTIJ.dtype}; 'xla' has more")
-    if SUBLANES * heads * width * q_BTIJ.dtype.itemsize > MOST_BYTES:
+    if k_BSJ.dtype.itemsize == 1:
+        k_BSJ = k_BSJ.astype(jnp.bfloat16)  # exactly; queries follow, a block at a time
+    if k_BSJ.dtype not in (jnp.float32, jnp.bfloat16):
+        raise Unsupported(f"select_keys on TPU has float32, bfloat16 and FP8, not {k_BSJ.dtype}; 'xla' has more")
+    if SUBLANES * heads * width * k_BSJ.dtype.itemsize > MOST_BYTES:
         raise Unsupported(f"select_keys on TPU has no room for {heads} index heads of {width} numbers; 'xla' does")
     keys = min(KEYS, LANES * pl.cdiv(k_BSJ.shape[1], LANES))
     return select_by(
@@ -54,8 +54,8 @@ def select_keys(
 def sortable_scores(work: Work, *, keys: int) -> jax.Array:
     """int32 [b, t, S], HIDDEN where a query does not see a key."""
     batch, num_queries, heads, width = work.q_btIJ.shape
-    num_keys, sight = work.k_RSJ.shape[1], work.sight
-    queries = _queries(num_queries, heads * width * work.q_btIJ.dtype.itemsize)
+    dtype, num_keys, sight = work.k_RSJ.dtype, work.k_RSJ.shape[1], work.sight
+    queries = _queries(num_queries, heads * width * dtype.itemsize)
     blocks, side = pl.cdiv(num_queries, queries), COLUMNS // queries
     groups = pl.cdiv(heads, side)
     at_once = math.gcd(groups, AT_ONCE)
@@ -96,7 +96,7 @@ def sortable_scores(work: Work, *, keys: int) -> jax.Array:
             )
             out_ref[...] = key if visible is None else jnp.where(visible, key, choice.HIDDEN)
 
-    def of_keys(*before: int | None) -> pl.BlockSpec:
+    def of_keys(*before: int) -> pl.BlockSpec:
         """Keys lie along the dim behind these; tiles that nobody sees are not read."""
 
         def place(row, block, tile, span_ref):
@@ -111,7 +111,7 @@ def sortable_scores(work: Work, *, keys: int) -> jax.Array:
         q_ids = jnp.broadcast_to(q_ids[..., None], (*q_ids.shape, LANES))
     if k_scale_R1S is not None:
         k_scale_R1S = k_scale_R1S.astype(jnp.float32)[:, None]
-    operands = by_groups(work.q_btIJ), by_groups(work.w_btI.astype(jnp.float32)), work.k_RSJ
+    operands = by_groups(work.q_btIJ.astype(dtype)), by_groups(work.w_btI.astype(jnp.float32)), work.k_RSJ
     span, *operands = vary_alike((work.span, *operands, k_scale_R1S, q_ids, work.kv_ids))
     in_specs = [
         pl.BlockSpec((None, None, groups, COLUMNS, width), lambda row, block, *_: (row, block, 0, 0, 0)),
@@ -140,7 +140,7 @@ def sortable_scores(work: Work, *, keys: int) -> jax.Array:
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * blocks * queries * num_keys * heads * width,
             transcendentals=0,
-            bytes_accessed=batch * num_keys * blocks * (width * work.k_RSJ.dtype.itemsize + 4 * queries),
+            bytes_accessed=batch * num_keys * blocks * (width * dtype.itemsize + 4 * queries),
         ),
         name="index_scores",
     )(span, *operands)
