@@ -87,8 +87,8 @@ def test_the_rule():
 
 def test_the_cache_holds_the_latent_and_the_shared_key_only():
     cache = attention(models.V3.attention, models.FLOAT32).empty_cache(1, S, jnp.dtype(jnp.bfloat16))
-    assert sum(a.size for a in cache.values()) == S * models.V3.attention.cache_width
-    assert MlaConfig(kv_lora_rank=512, qk_rope_head_dim=64).cache_width == 576
+    assert sum(a.nbytes for a in cache.values()) == S * models.V3.attention.cache_bytes(2)
+    assert MlaConfig(kv_lora_rank=512, qk_rope_head_dim=64).cache_bytes(2) == 2 * 576
 
 
 PROMPTS = [np.random.default_rng(5).integers(0, models.V, n).tolist() for n in (9, 2, 17, 5)]
