@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.flash_attention.api import SAVED_NAMES
 from mdl import sharding
@@ -239,12 +240,23 @@ class Transformer(nnx.Module):
         return ahead
 
     def _remat(self, fn: Callable, x_BTD: jax.Array, *, scanned: bool = False) -> Callable:
-        """fn, which x_BTD is an argument of, with as much of it recomputed in the backward pass as the config says."""
-        remat = self.config.remat_of(x_BTD.shape[1])
+        """fn, whose first argument is x_BTD, with as much of it recomputed in the backward pass as the config says.
+
+        Devices that split heads share out the tokens of what is kept of x_BTD: each would hold all of it otherwise.
+        """
+        length, devices = x_BTD.shape[1], sharding.axis_size("tensor")
+        remat = self.config.remat_of(length)
         if remat == "none":
             return fn
+        whole = sharding.spec("batch", None, None)
+        kept = P(sharding.RULES["batch"], "tensor") if devices > 1 and length % devices == 0 else whole
+
+        def run(x_BTD: jax.Array, *args: Any) -> Any:
+            return fn(sharding.reshard(x_BTD, whole), *args)
+
         # Inside a scan nothing can merge the recomputation with the first pass, so the barriers against that are left out.
-        return jax.checkpoint(fn, policy=REMAT_POLICIES[remat], prevent_cse=not scanned)
+        run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=not scanned)
+        return lambda x_BTD, *args: run(sharding.reshard(x_BTD, kept), *args)
 
 
 def _joined(parts: list[Any]) -> Any:

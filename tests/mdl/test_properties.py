@@ -176,22 +176,22 @@ MESHES = {
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "remat"),
     [
-        pytest.param("fsdp", marks=pytest.mark.slow),
-        pytest.param("data_fsdp_tensor", marks=pytest.mark.slow),
-        "data_expert",
-        "fsdp_expert_tensor",
+        pytest.param("fsdp", "none", marks=pytest.mark.slow),
+        pytest.param("data_fsdp_tensor", "none", marks=pytest.mark.slow),
+        ("data_expert", "none"),
+        ("fsdp_expert_tensor", "full"),
     ],
 )
-def test_eight_devices_give_what_one_gives(name):
-    want = result(ONE_MODULE)
+def test_eight_devices_give_what_one_gives(name, remat):
+    want, config = result(ONE_MODULE), dataclasses.replace(ONE_MODULE, remat=remat)
     mesh = MeshConfig(**MESHES[name]).build()
     with jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda s: NamedSharding(mesh, s.sharding.spec), pure(ONE_MODULE).abstract())
         tree = jax.device_put(parameters(ONE_MODULE), shardings)
         batch = jax.device_put(BATCH, NamedSharding(mesh, spec(None, "batch", None)))
-        grads, terms = gradient_of(ONE_MODULE)(tree["params"], tree["buffers"], batch, 0.5, 0.7)
+        grads, terms = gradient_of(config)(tree["params"], tree["buffers"], batch, 0.5, 0.7)
     assert_same((leaves(grads), jax.device_get(terms)), want)
     for grad, sharding in zip(jax.tree.leaves(grads), jax.tree.leaves(shardings["params"]), strict=True):
         assert grad.sharding.is_equivalent_to(sharding, grad.ndim)
