@@ -146,6 +146,7 @@ class CompileCase:
     args: tuple[Any, ...]  # arrays, ShapeDtypeStructs or trees of them
     every_time: bool  # in every run of the tests, not only among the slow ones
     max_registers: int = 255  # per thread
+    too_small: tuple[str, ...] = ()  # chips whose memory does not hold the arrays
 
     def __str__(self) -> str:
         return f"{self.op}, {self.shape}, {self.implementation}"
@@ -153,7 +154,9 @@ class CompileCase:
     @property
     def chips(self) -> list[Chip]:
         platform = {"tpu": "tpu", "gpu": "cuda"}.get(self.implementation)
-        return [chip for chip in CHIPS.values() if platform in (None, chip.platform)]
+        return [
+            chip for chip in CHIPS.values() if platform in (None, chip.platform) and chip.name not in self.too_small
+        ]
 
 
 CHIPS = {
