@@ -10,6 +10,7 @@ from kernels_pallas.lightning_indexer import topk as choice
 from kernels_pallas.lightning_indexer.gathers import over_queries
 from kernels_pallas.lightning_indexer.selection import choose
 from kernels_pallas.lightning_indexer.tiles import TiledMask, Tiles
+from kernels_pallas.select import platform
 from kernels_pallas.vary import full
 
 
@@ -19,11 +20,12 @@ def select_keys(
     """The chosen keys [B, T, W], ascending, S for what is missing."""
     tiles = Tiles.of(q_BTIJ, k_BSJ, q_BTIJ.shape[2])
     tiled_mask, keys = TiledMask.of(tiles, mask), jax.tree.map(tiles.cut_keys, (k_BSJ, k_scale_BS))
+    scores = _scores_of_one if tiles.block == 1 and platform() == "cpu" else _scores_of_many
 
     def sortable_scores(step: Any, q_btIJ: jax.Array, w_btI: jax.Array) -> jax.Array:
         def absorb(start: Any, key_btS: jax.Array) -> jax.Array:
             k_bsJ, k_scale_bs = tiles.keys_at(keys, step, start)
-            score_bts = _scores(_logits(q_btIJ, k_bsJ), w_btI)
+            score_bts = scores(q_btIJ, w_btI, k_bsJ)
             if k_scale_bs is not None:
                 score_bts *= k_scale_bs[:, None]
             key_bts = jnp.where(tiled_mask.visible(step, start), choice.sortable(score_bts), choice.HIDDEN)
@@ -254,6 +256,16 @@ def _scores(logits_btIs: jax.Array, w_btI: jax.Array) -> jax.Array:
     # Without the barrier XLA:CPU makes one kernel of the product and the sum, which takes five times as long as the two.
     logits_btIs = jax.lax.optimization_barrier(logits_btIs)
     return jnp.sum(jax.nn.relu(logits_btIs) * w_btI[..., None].astype(logits_btIs.dtype), axis=2)
+
+
+def _scores_of_many(q_btIJ: jax.Array, w_btI: jax.Array, k_bsJ: jax.Array) -> jax.Array:
+    return _scores(_logits(q_btIJ, k_bsJ), w_btI)
+
+
+def _scores_of_one(q_b1IJ: jax.Array, w_b1I: jax.Array, k_bsJ: jax.Array) -> jax.Array:
+    """[b, 1, s] of one query. XLA:CPU packs the second operand of a product: here that is the query, not its many keys."""
+    logits_bsI = jax.lax.optimization_barrier(_einsum("bsJ,bIJ->bsI", k_bsJ, q_b1IJ[:, 0]))  # as in `_scores`
+    return jnp.sum(jax.nn.relu(logits_bsI) * w_b1I.astype(logits_bsI.dtype), axis=2)[:, None]
 
 
 def _attention(q_btNK: jax.Array, k_bsZK: jax.Array, lse_btN: jax.Array, scale: float) -> jax.Array:
