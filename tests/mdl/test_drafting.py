@@ -42,9 +42,13 @@ def foreseeing(name: str):
 
 @functools.cache
 def generator(name: str, *, drafts: bool) -> Generator:
+    return quick_generator(models.pure(CONFIGS[name]), foreseeing(name), drafts=drafts)
+
+
+def quick_generator(*args, **options) -> Generator:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", quick_jit)
-        return Generator(models.pure(CONFIGS[name]), foreseeing(name), drafts=drafts)
+        return Generator(*args, **options)
 
 
 def continued(generator: Generator, sampling: Sampling, *, rows=None) -> list[list[int]]:
@@ -93,7 +97,7 @@ def test_eight_devices_equal_one():
             foreseeing("dense"),
             PureModel(pure.config).abstract(),
         )
-        assert continued(Generator(pure, arrays, drafts=True), DRAWN) == expected
+        assert continued(quick_generator(pure, arrays, drafts=True), DRAWN) == expected
 
 
 def test_a_model_without_modules_is_refused():
