@@ -12,6 +12,9 @@ from kernels_pallas.lightning_indexer import api
 from kernels_pallas.lightning_indexer.shapes import SHAPES, Shape
 
 EVERY_TIME = {("select_keys", "tiny_dsa", "tpu"), ("select_keys fp8", "v3.2 4K", "gpu")}  # the rest takes minutes
+# Selecting among so many, libtpu 0.0.42 aborts for tpu7x, with a kernel or without: lowering gathers to SparseCores, it loses a
+# buffer.
+CRASHES = {"v3.2 4K of 128K": ("tpu7x",)}
 SCALE = 192**-0.5
 FP8 = jnp.float8_e4m3fn
 
@@ -41,6 +44,7 @@ def _case(shape: str, op: str, implementation: str, fn: Callable, args: tuple[An
         args=args,
         every_time=(op, shape, implementation) in EVERY_TIME,
         max_registers=168,  # three warpgroups on an SM of Hopper
+        crashes=CRASHES.get(shape, ()) if op.startswith("select_keys") else (),
     )
 
 
