@@ -109,7 +109,8 @@ def test_a_model_without_modules_is_refused():
 
 
 def merged(name: str):
-    return models.pure(CONFIGS[name]).merge(foreseeing(name)["params"], foreseeing(name)["buffers"])
+    arrays = jax.tree.map(jnp.asarray, foreseeing(name))
+    return models.pure(CONFIGS[name]).merge(arrays["params"], arrays["buffers"])
 
 
 def logits_of(name: str, rows: np.ndarray) -> np.ndarray:
