@@ -2,6 +2,8 @@
 
     python -m experiments.score --checkpoint=runs/tiny --text='import os' --out=scores.npz
     python -m experiments.score --checkpoint=path/to/DeepSeek-V2-Lite --input_ids=ids.npy --out=scores.npz --compute=bfloat16
+
+What is written is float32, whatever it is computed in.
 """
 
 import dataclasses
