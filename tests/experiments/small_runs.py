@@ -1,5 +1,6 @@
 """`python -m experiments.run` on configs/small.py as real processes, and what such a run leaves behind."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -50,6 +51,16 @@ class Ended:
     stderr: str
 
 
+@contextlib.contextmanager
+def children_hear_ctrl_c():
+    """What a shell starts in the background ignores Ctrl-C, and passes that on to its children: not to those started here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Run:
     """One process. Its stdout is a pipe of one page, so that it comes to a halt about 30 printed steps after the last line read."""
 
@@ -64,14 +75,10 @@ class Run:
         command = [sys.executable, "-m", "experiments.run", *map(str, arguments)]
         if limit_file_size:
             command = ["prlimit", f"--fsize={limit_file_size}", *command]
-        # What a shell starts in the background ignores Ctrl-C, and passes that on to its children.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
+        with children_hear_ctrl_c():
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
             )
-        finally:
-            signal.signal(signal.SIGINT, before)
         self._guard = threading.Timer(TIMEOUT_SECONDS, self.process.kill)
         self._guard.start()
         fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 4096)

@@ -16,6 +16,7 @@ import time
 
 import jax
 import pytest
+from small_runs import children_hear_ctrl_c
 
 from experiments import chat
 from experiments.chat_template import encode_chat
@@ -240,13 +241,9 @@ class Terminal:
 
     def __init__(self, *flags: str):
         self._master, slave = pty.openpty()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.chat", *flags],
-            cwd=ROOT,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-        )
+        command = [sys.executable, "-m", "experiments.chat", *flags]
+        with children_hear_ctrl_c():
+            self._process = subprocess.Popen(command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
         self._unread = ""
 
