@@ -419,8 +419,11 @@ def test_parts_of_a_row_are_the_whole(stage, monkeypatch):
 
 @pytest.mark.parametrize(
     ("stage", "masked_keys"),
-    [("sparse", 0), ("sparse", 1000), pytest.param("warmup", 0, marks=pytest.mark.slow)],
-    ids=["gathered", "by mask", "warmup"],
+    [
+        pytest.param("sparse", 0, id="gathered"),
+        pytest.param("sparse", 1000, id="by mask", marks=pytest.mark.slow),
+        pytest.param("warmup", 0, id="warmup", marks=pytest.mark.slow),
+    ],
 )
 def test_eight_devices_give_what_one_gives(stage, masked_keys, monkeypatch):
     config = STAGES[stage]

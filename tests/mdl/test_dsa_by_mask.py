@@ -42,7 +42,14 @@ def by_mask(monkeypatch):
     gradient_of.cache_clear()
 
 
-@pytest.mark.parametrize(("config", "queries"), [(SMALL, 4096), (SMALL, 5), (GQA, 4096)], ids=["mla", "parts", "gqa"])
+@pytest.mark.parametrize(
+    ("config", "queries"),
+    [
+        pytest.param(SMALL, 4096, id="mla"),
+        pytest.param(SMALL, 5, id="parts", marks=pytest.mark.slow),
+        pytest.param(GQA, 4096, id="gqa", marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_losses_and_gradients(config, queries, by_mask, monkeypatch):
     """Of packed documents with padding, the indexer's loss included."""
     monkeypatch.setattr(dsa, "QUERIES", queries)
