@@ -43,7 +43,7 @@ def test_the_kernel_room(render):
 
 
 def test_training_all_of_it(render, tmp_path, monkeypatch):
-    for name in "ast bisect calendar cmd csv glob heapq inspect shlex stat textwrap token".split():
+    for name in ("ast", "bisect", "calendar", "cmd", "csv", "glob", "heapq", "inspect", "shlex", "stat", "textwrap"):
         shutil.copy(pathlib.Path(shutil.__file__).with_name(f"{name}.py"), tmp_path)
     monkeypatch.setenv("NOTEBOOK_CORPUS", f"{tmp_path}/*.py")
     monkeypatch.setenv("NOTEBOOK_STEPS", "4")
