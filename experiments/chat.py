@@ -22,7 +22,7 @@ class ChatFlags:
     context: int | None = None  # tokens of a conversation at most; none: as many as the model knows, no more than 4096
     max_new_tokens: int | None = None  # tokens of an answer at most; none: what the context has room for
     draft: Literal["mtp"] | None = (
-        None  # the MTP modules propose tokens that are verified in one step: the same text, sooner
+        None  # the MTP modules propose tokens that are verified in one step: the same text in fewer steps
     )
     temperature: float = 0.7  # 0 takes the most likely token; 1 samples as trained
     top_k: int | None = None  # choose among the k most likely tokens

@@ -38,7 +38,7 @@ class GenerateFlags:
     out: str | None = None  # .jsonl file for prompt, text, ids and finish (eos, stop, length); none: print them
     batch_size: int = 8  # prompts of a file continued at the same time; one that has ended makes room for the next
     draft: Literal["mtp"] | None = (
-        None  # the MTP modules propose tokens that are verified in one step: the same text, sooner
+        None  # the MTP modules propose tokens that are verified in one step: the same text in fewer steps
     )
     max_new_tokens: int = 128  # tokens to add at most
     temperature: float = 0.0  # 0 takes the most likely token; 1 samples as trained
