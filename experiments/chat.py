@@ -21,9 +21,8 @@ class ChatFlags:
     system: str | None = None  # instructions that stand before the conversation
     context: int | None = None  # tokens of a conversation at most; none: as many as the model knows, no more than 4096
     max_new_tokens: int | None = None  # tokens of an answer at most; none: what the context has room for
-    draft: Literal["mtp"] | None = (
-        None  # the MTP modules propose tokens that are verified in one step: the same text in fewer steps
-    )
+    # the MTP modules propose tokens that are verified in one step: the same text in fewer steps
+    draft: Literal["mtp"] | None = None
     temperature: float = 0.7  # 0 takes the most likely token; 1 samples as trained
     top_k: int | None = None  # choose among the k most likely tokens
     top_p: float | None = None  # then among the fewest whose probabilities sum to p

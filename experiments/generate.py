@@ -37,9 +37,8 @@ class GenerateFlags:
     prompt_ids: tuple[int, ...] | None = None  # tokens to continue, printed as ids where there is no tokenizer
     out: str | None = None  # .jsonl file for prompt, text, ids and finish (eos, stop, length); none: print them
     batch_size: int = 8  # prompts of a file continued at the same time; one that has ended makes room for the next
-    draft: Literal["mtp"] | None = (
-        None  # the MTP modules propose tokens that are verified in one step: the same text in fewer steps
-    )
+    # the MTP modules propose tokens that are verified in one step: the same text in fewer steps
+    draft: Literal["mtp"] | None = None
     max_new_tokens: int = 128  # tokens to add at most
     temperature: float = 0.0  # 0 takes the most likely token; 1 samples as trained
     top_k: int | None = None  # choose among the k most likely tokens

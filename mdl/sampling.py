@@ -34,10 +34,8 @@ def sample_tokens(logits_BTV: jax.Array, seed_B: jax.Array, positions_BT: jax.Ar
     and the position, on nothing else: the same seed gives the same text in every batch, and whatever was drafted. Two
     distributions that are alike mostly have the same token then, which is what drafts need.
     """
-    whole, rows = (
-        sharding.spec("batch", None, None),
-        sharding.spec("batch"),
-    )  # sorting needs the vocabulary in one piece
+    # Sorting needs the vocabulary in one piece.
+    whole, rows = sharding.spec("batch", None, None), sharding.spec("batch")
     run = sharding.local(
         functools.partial(_sample, sampling=sampling),
         in_specs=(whole, rows, rows),
