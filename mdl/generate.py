@@ -68,7 +68,8 @@ class Generator:
         """arrays: {"params": ..., "buffers": ...}; other keys are left alone.
 
         drafts: the MTP modules propose tokens, and the model reads several in one step: the same text in fewer steps.
-        ValueError for a model without modules. layers_apart: decode without a scan over layers, with a copy of their parameters; None: on CPU
+        ValueError for a model without modules.
+        layers_apart: decode without a scan over layers, with a copy of their parameters; None: on CPU
         only. XLA:CPU copies what a scan slices, every parameter for every token; other devices read slices where they lie.
         """
         self._config, self._depth = model.config, depth_of(model.config) if drafts else 0
