@@ -155,7 +155,7 @@ MESHES = {
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
-        ("v3", "rows"),
+        pytest.param("v3", "rows", marks=pytest.mark.slow),
         ("v3", "expert_tensor"),
         pytest.param("qwen", "fsdp_tensor", marks=pytest.mark.slow),
         ("v32_fp8", "expert_tensor"),
@@ -196,7 +196,7 @@ GOLDEN_VARIANTS = [
     pytest.param("deepseek_v3_yarn", marks=pytest.mark.slow),
     pytest.param("deepseek_v2_lite", marks=pytest.mark.slow),
     "deepseek_v32",
-    "glm_moe_dsa",
+    pytest.param("glm_moe_dsa", marks=pytest.mark.slow),
     "qwen3_untied",
     "qwen3_moe",
     "llama",
