@@ -7,6 +7,7 @@ import sys
 import jax
 
 from experiments.data.cache import default_cache_dir
+from experiments.environment import warn_of_unused_chips
 
 # glibc's mallopt parameters, from malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -14,6 +15,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 def set_up_backend() -> None:
     """To be called once by an entry point, before it makes large arrays."""
+    warn_of_unused_chips()
     use_compilation_cache()
     if jax.default_backend() == "cpu":
         keep_memory()

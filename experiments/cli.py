@@ -25,6 +25,7 @@ from experiments.config_tree import (
     show,
     to_json,
 )
+from experiments.environment import Environment, explain
 from experiments.errors import UserError
 
 __all__ = [
@@ -44,11 +45,20 @@ F = TypeVar("F")
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Runs an entry point; a UserError becomes `error: …` on stderr and exit code 2, anything else is a bug."""
+    """Runs an entry point; a UserError becomes `error: …` on stderr and exit code 2, anything else is a bug.
+
+    Where JAX fails for what the machine is or has, its own words come first, then such a line.
+    """
     try:
         code = main(sys.argv[1:])
     except UserError as error:
         print("error:", str(error).replace("\n", " "), file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        line = explain(error, Environment.find())
+        if line is None:
+            raise
+        print(error, f"error: {line}", sep="\n", file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)
 

@@ -13,6 +13,7 @@ import signal
 from experiments.cli import parse_argv, run_main
 from experiments.config import ExperimentConfig
 from experiments.distributed import DistributedFlags, initialize
+from experiments.environment import warn_of_unused_chips
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> int:
     config, flags = parse_argv(argv, RunFlags, ExperimentConfig)
     config.check_training()
     initialize(flags)
+    warn_of_unused_chips()  # before the mesh is found too large for a CPU
     from experiments.train import evaluate, train
 
     try:
