@@ -4,7 +4,9 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
+from experiments.environment import Environment
 from experiments.errors import UserError
+from experiments.tpu_slice import count_hosts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ def initialize(flags: DistributedFlags) -> None:
         import jax
 
         jax.distributed.initialize(*given)
-    elif launched_on_several_hosts(os.environ):
+    elif launched_on_several_hosts(os.environ) or count_hosts(Environment.find()) > 1:
         import jax
 
         jax.distributed.initialize()
