@@ -37,11 +37,15 @@ class Panel(NamedTuple):
     title: str
     names: tuple[str, ...]  # the first of these metrics that a run has is drawn
     noisy: bool = False  # drawn smoothed, from zero
+    by_depth: bool = (
+        False  # the one name goes on with a depth, 1, 2, …: all that a run has are drawn, the deeper the paler
+    )
 
 
 _SMALL_PANELS = (
     Panel("validation bits per byte", ("val/bpb", "val/loss")),
     Panel("expert load: max / mean - 1", ("load/max_violation",), noisy=True),
+    Panel("MTP drafts that would be accepted", ("val/acceptance/mtp_",), by_depth=True),
     Panel("attention kept by selected keys", ("val/indexer/recall",)),
     Panel("indexer: KL, a layer's mean", ("indexer/kl",), noisy=True),
     Panel("gradient norm", ("grad_norm",), noisy=True),
@@ -90,7 +94,7 @@ def plot_runs(runs: Sequence[pathlib.Path], out: pathlib.Path) -> None:
     histories = _histories(runs)
     if not any(read_curve(lines, ("loss",)).steps for lines in histories.values()):
         raise UserError(f"no finite loss in {', '.join(str(run / FILE_NAME) for run in runs)}")
-    panels = [p for p in _SMALL_PANELS if any(read_curve(lines, p.names).steps for lines in histories.values())]
+    panels = [p for p in _SMALL_PANELS if any(panel_curves(lines, p) for lines in histories.values())]
     columns = 1 if len(panels) <= 3 else 2
     rows = max(1, math.ceil(len(panels) / columns))
 
@@ -142,17 +146,22 @@ def _draw_loss(axes: Any, histories: History) -> None:
 def _draw_panel(axes: Any, panel: Panel, histories: History) -> None:
     top = 0.0
     for (_, lines), color in zip(histories.items(), itertools.cycle(_COLORS)):
-        if not (curve := read_curve(lines, panel.names)).steps:
-            continue
-        if panel.noisy:
-            axes.plot(*thinned(curve), color=color, alpha=0.22, linewidth=0.6)
-            top = max(top, float(np.percentile(curve.values, 98)))  # a few early spikes may leave the picture
-            curve = smoothed(curve)
-        marker = "o" if len(curve.steps) <= 30 else ""
-        axes.plot(*thinned(curve), color=color, linewidth=1.3, marker=marker, markersize=3)
+        for depth, curve in enumerate(panel_curves(lines, panel)):
+            if panel.noisy:
+                axes.plot(*thinned(curve), color=color, alpha=0.22, linewidth=0.6)
+                top = max(top, float(np.percentile(curve.values, 98)))  # a few early spikes may leave the picture
+                curve = smoothed(curve)
+            marker = "o" if len(curve.steps) <= 30 else ""
+            axes.plot(*thinned(curve), color=color, alpha=0.6**depth, linewidth=1.3, marker=marker, markersize=3)
     if panel.noisy:
         axes.set_ylim(0, 1.1 * top)
     style(axes, panel.title, size=9)
+
+
+def panel_curves(lines: list[dict[str, Any]], panel: Panel) -> list[Curve]:
+    """What a panel shows of a run; nothing if the run has not measured it."""
+    names = [(f"{panel.names[0]}{depth}",) for depth in range(1, 9)] if panel.by_depth else [panel.names]
+    return [curve for each in names if (curve := read_curve(lines, each)).steps]
 
 
 def read_curve(lines: list[dict[str, Any]], names: tuple[str, ...]) -> Curve:

@@ -66,6 +66,25 @@ def test_curves():
     assert 3.5 < bottom < 4 < 5 < top < 10
 
 
+def test_the_acceptance_of_drafts_is_drawn_where_a_run_measured_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    (panel,) = (each for each in plot._SMALL_PANELS if "drafts" in each.title)
+    lines = [
+        {"step": 1, "val/acceptance/mtp_1": 0.5},
+        {"step": 2, "val/acceptance/mtp_1": 0.6, "val/acceptance/mtp_2": 0.3},
+    ]
+    assert plot.panel_curves(lines, panel) == [Curve([1, 2], [0.5, 0.6]), Curve([2], [0.3])]
+    assert plot.panel_curves([{"step": 1, "loss": 1.0}], panel) == []
+    plain, drafting = (tmp_path / name for name in ("plain", "drafting"))
+    write_run(plain, [2.0, 1.0])
+    write_run(drafting, [2.0, 1.0], **{"val/acceptance/mtp_1": [0.5, 0.6], "val/acceptance/mtp_2": [None, 0.3]})
+    pictures = []
+    for run in (plain, drafting):
+        plot.main([str(run)])
+        pictures.append((run / "loss.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
