@@ -79,7 +79,8 @@ def parse_value(hint: Any, text: str, path: str) -> Any:
 
 
 def _parse(hint: Any, text: str) -> Any:
-    for option in sorted(options(hint), key=lambda option: option is str):  # any text is a str, so str is tried last
+    # "none" is text too, and of a tuple of texts: what is narrow is tried before what takes anything.
+    for option in sorted(options(hint), key=lambda option: (option is str, option is not types.NoneType)):
         try:
             return _parse_option(option, text)
         except ValueError:

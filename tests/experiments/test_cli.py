@@ -68,6 +68,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     ramp: tuple[tuple[int, int], ...] = ()
     name: str = "run"
+    trainable: tuple[str, ...] | None = None
 
     def __post_init__(self):
         if self.num_steps <= 0:
@@ -108,6 +109,8 @@ def changed(**overrides):
         ("source.members.0.source.paths", "gs://a,b", ("gs://a", "b")),
         ("train.name", "none", "none"),
         ("train.name", "a=b,c", "a=b,c"),
+        ("train.trainable", "none", None),
+        ("train.trainable", "*/indexer/*", ("*/indexer/*",)),
         ("model.tied", "True", True),
         ("model.attention.q_lora_rank", "12", 12),
         ("model.attention.q_lora_rank", "none", None),
@@ -372,7 +375,7 @@ def test_format_shows_every_field_once_parents_first():
         "model.attention: MlaConfig",
         "  num_heads=4  kv_lora_rank=16  q_lora_rank=none",
         "train: TrainConfig",
-        "  num_steps=100  learning_rate=0.001  betas=(0.9, 0.95)  ramp=()  name=run",
+        "  num_steps=100  learning_rate=0.001  betas=(0.9, 0.95)  ramp=()  name=run  trainable=none",
         "source: FilesConfig",
         "  paths=()",
     ]
