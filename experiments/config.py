@@ -173,7 +173,7 @@ class ExperimentConfig:
             if not model.attention.warmup and model.attention.index_topk >= train.seq_len:
                 raise UserError(
                     f"model.attention.index_topk={model.attention.index_topk} selects every key of train.seq_len={train.seq_len}; "
-                    "set it below, or model.attention=MlaConfig for dense attention"
+                    f"set it below, or model.attention={type(model.attention.dense).__name__} for dense attention"
                 )
             if not loss.indexer_loss_weight and train.trainable is None:
                 raise UserError(
