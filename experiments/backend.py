@@ -1,8 +1,11 @@
 """How the process uses its devices: compiled programs are kept on disk, and a CPU's memory is kept by the process."""
 
+import contextlib
 import ctypes
+import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -26,6 +29,21 @@ def use_compilation_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def saying_choices(say: Callable[[str], None]) -> Iterator[None]:
+    """Has `say` told which implementation each op takes, when it is first traced."""
+    handler, logger = logging.Handler(), logging.getLogger("kernels_pallas")
+    handler.emit = lambda record: say(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def keep_memory() -> bool:

@@ -1,0 +1,13 @@
+"""What an entry point sets up before it uses devices."""
+
+from experiments.backend import saying_choices
+from kernels_pallas import select
+
+
+def test_choices_of_implementations_are_said_once():
+    said = []
+    with saying_choices(said.append):
+        select.say("test_backend's op", "xla")
+        select.say("test_backend's op", "xla")
+    select.say("test_backend's other op", "xla")
+    assert said == ["test_backend's op: implementation xla"]
