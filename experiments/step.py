@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from experiments.config import ExperimentConfig
 from experiments.optim import trainable
@@ -17,6 +18,9 @@ from mdl.sampling import most_likely
 from mdl.transformer import Transformer, shift_left
 
 Metrics = dict[str, jax.Array]
+# Options of the compilers by platform, as `jax.default_backend()` spells it. On TPU an all-to-all is waited for where it begins,
+# unless this is said: then experts and shared experts compute meanwhile.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"tpu": {"xla_tpu_enable_async_all_to_all": "true"}}
 
 
 def init_state(config: ExperimentConfig, model: PureModel, tree: Tree | None = None) -> Tree:
@@ -40,7 +44,7 @@ def make_train_step(config: ExperimentConfig, model: PureModel) -> Callable[...,
     """train_step(state, batch, tokens_seen) -> (state, metrics).
 
     batch: {tokens, segment_ids, positions} int32 [A, B, T + 1], A micro-batches; tokens_seen: float32 scalar, training tokens
-    before this step, from the host's exact count. Not jitted yet: `jax.jit(..., donate_argnums=0)`.
+    before this step, from the host's exact count. Not jitted yet: see `jit_train_step`.
     """
     optimizer = config.optim.build(config.train.num_steps)
     mtp_weight = config.loss.mtp_loss_weight and config.loss.mtp_loss_weight.build(config.train.num_steps)
@@ -103,6 +107,12 @@ def make_train_step(config: ExperimentConfig, model: PureModel) -> Callable[...,
         return new, metrics
 
     return train_step
+
+
+def jit_train_step(config: ExperimentConfig, model: PureModel, mesh: Mesh) -> jax.stages.Wrapped:
+    """`make_train_step` as it is run on the devices of `mesh`; the state is donated."""
+    options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+    return jax.jit(make_train_step(config, model), donate_argnums=0, compiler_options=options)
 
 
 def accumulate(

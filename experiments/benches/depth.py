@@ -12,7 +12,7 @@ from experiments.cli import parse_argv
 from experiments.config import ExperimentConfig
 from experiments.errors import UserError
 from experiments.feed import place
-from experiments.step import init_state, make_train_step
+from experiments.step import init_state, jit_train_step
 from mdl.pure import PureModel
 
 
@@ -45,5 +45,5 @@ def compile_seconds(config: ExperimentConfig, depth: int) -> float:
         batch = place(random_rows(config), mesh, config.train.grad_accum_steps)
         jax.clear_caches()
         began = time.perf_counter()
-        jax.jit(make_train_step(config, model), donate_argnums=0).lower(state, batch, np.float32(0)).compile()
+        jit_train_step(config, model, mesh).lower(state, batch, np.float32(0)).compile()
         return time.perf_counter() - began

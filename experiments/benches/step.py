@@ -15,7 +15,7 @@ from experiments.cli import parse_argv
 from experiments.config import ExperimentConfig
 from experiments.feed import place
 from experiments.peak_flops import find_peak
-from experiments.step import init_state, make_train_step
+from experiments.step import init_state, jit_train_step
 from mdl.flops import count_parameters
 from mdl.pure import PureModel
 
@@ -41,7 +41,7 @@ def measure(config: ExperimentConfig, repeats: int, limit: float = math.inf) -> 
         state = jax.jit(lambda: init_state(config, model))()
         batch = place(random_rows(config), mesh, train.grad_accum_steps)
         began = time.perf_counter()
-        lowered = jax.jit(make_train_step(config, model), donate_argnums=0).lower(state, batch, np.float32(0))
+        lowered = jit_train_step(config, model, mesh).lower(state, batch, np.float32(0))
         lowering = time.perf_counter() - began
         compiled = lowered.compile()
         compiling = time.perf_counter() - began - lowering

@@ -14,7 +14,7 @@ from experiments.compilation.memory import Memory
 from experiments.config import ExperimentConfig
 from experiments.feed import abstract_batch
 from experiments.resume import abstract_state
-from experiments.step import init_state, make_train_step
+from experiments.step import init_state, jit_train_step
 from kernels_pallas.aot_cluster import Cluster
 from mdl.pure import PureModel
 
@@ -40,7 +40,7 @@ def compile_step(config: ExperimentConfig, cluster: Cluster, say: Callable[[str]
     with cluster.compiling():
         mesh, model = config.mesh.build(cluster.devices), PureModel(config.model)
         # The schedules' constants are made here: under the mesh they would be put on devices that are not there.
-        step = jax.jit(make_train_step(config, model), donate_argnums=0)
+        step = jit_train_step(config, model, mesh)
         with jax.set_mesh(mesh):
             state = abstract_state(lambda: init_state(config, model), mesh)
             tokens_seen = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, P()))
