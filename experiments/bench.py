@@ -10,9 +10,10 @@
     python -m experiments.bench mla_decode                         decoding attention over latents, beside plain products
     python -m experiments.bench dsa                                sparse attention beside dense by length, and its decoding
     python -m experiments.bench fp8                                quantize and dequantize as a share of copy bandwidth
+    python -m experiments.bench memory --config=... --workdir=...  resident memory and open files of a run, step by step
     python -m experiments.bench aot                                what compilers say of kernels, for chips that are not here
 
-`--out=FILE.json` keeps the result with date, commit and versions; those that time take `--repeats`. No data is read.
+`--out=FILE.json` keeps the result with date, commit and versions; those that time take `--repeats`. Only `memory` reads data.
 """
 
 from experiments.benches import (
@@ -24,6 +25,7 @@ from experiments.benches import (
     flash_attention,
     fp8,
     grouped_gemm,
+    memory,
     mla_decode,
     moe,
     step,
@@ -42,6 +44,7 @@ BENCHES = {
     "mla_decode": mla_decode.main,
     "dsa": dsa.main,
     "fp8": fp8.main,
+    "memory": memory.main,
     "aot": aot.main,
 }
 

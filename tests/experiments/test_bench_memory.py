@@ -1,0 +1,70 @@
+"""A run keeps neither memory nor files: what the bench says of runs that would, of a short one, and (slow) of 10,000 steps."""
+
+import json
+import os
+import pathlib
+
+import pytest
+from small_runs import CONFIG, DENSE
+
+from experiments import bench
+from experiments.benches.memory import Sample, figures, look
+from experiments.errors import UserError
+
+# a step of tiny_dense in milliseconds, and everything else that a run does now and then
+LONG = (
+    "--config.train.num_steps=10000",
+    "--config.train.batch_size=2",
+    "--config.train.seq_len=64",
+    "--config.eval.every=2000",
+    "--config.eval.batch_size=32",
+    "--config.checkpoint.every=250",
+)
+
+
+def test_what_grows_is_found():
+    leaking = [Sample(step, 10**9 + 3000 * step, 30 + step // 100) for step in range(100, 10_001, 100)]
+    found = figures(leaking)
+    assert found["rss_bytes_per_step"] == pytest.approx(3000) and found["open_files_per_step"] == pytest.approx(
+        0.01, rel=0.05
+    )
+    warming = [Sample(step, 10**9 + 10**6 * min(step, 1500), 30) for step in range(100, 10_001, 100)]
+    found = figures(warming)
+    assert abs(found["rss_bytes_per_step"]) < 1e-3 and abs(found["open_files_per_step"]) < 1e-9
+    with pytest.raises(UserError, match="samples say nothing"):
+        figures(leaking[:3])
+
+
+def test_this_process_is_seen():
+    before = look(1, os.getpid())
+    held = bytearray(200 << 20)
+    held[::4096] = b"x" * len(held[::4096])
+    with open(os.devnull):
+        after = look(2, os.getpid())
+    assert after.rss_bytes - before.rss_bytes > 150 << 20 and after.open_files == before.open_files + 1
+
+
+def test_a_short_run(home, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home.cache))
+    out, picture = tmp_path / "result.json", tmp_path / "memory.png"
+    run = f"--config={CONFIG}:{home.corpus}", f"--workdir={tmp_path / 'run'}", *DENSE
+    bench.main(["memory", *run, "--every=2", f"--out={out}", f"--plot={picture}"])
+    results = json.loads(out.read_text())["results"]
+    assert results["samples"]["step"][-1] == 40 and len(results["samples"]["step"]) >= 20
+    assert 1e8 < results["rss_bytes_settled"]["least"] < 8e9 and results["open_files_settled"]["least"] > 3
+    assert picture.stat().st_size < 100_000
+    with pytest.raises(UserError, match="ended with exit code 2"):
+        bench.main(["memory", *run, "--config.seed=1"])
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_of_tiny_dense(tmp_path):
+    """As benchmarks/results/*_cpu_memory.json; 1 KiB a step would be a gigabyte in a million of them."""
+    out = tmp_path / "result.json"
+    config = pathlib.Path(__file__).parents[2] / "configs" / "tiny_dense.py"
+    bench.main(["memory", f"--config={config}", f"--workdir={tmp_path / 'run'}", *LONG, f"--out={out}"])
+    results = json.loads(out.read_text())["results"]
+    assert results["samples"]["step"][-1] == 10_000
+    assert results["rss_bytes_per_step"] < 1024
+    assert results["open_files_per_step"] < 1e-3
