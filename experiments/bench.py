@@ -8,6 +8,8 @@
     python -m experiments.bench flash_attention                    attention, forward and backward, beside what JAX has
     python -m experiments.bench decode --config=configs/tiny.py    tokens/s of greedy decoding
     python -m experiments.bench mla_decode                         decoding attention over latents, beside plain products
+    python -m experiments.bench select_keys                        the choice of keys by the lightning indexer, and its parts
+    python -m experiments.bench sparse_attention                   attention over selected keys, forward and backward
     python -m experiments.bench dsa                                sparse attention beside dense by length, and its decoding
     python -m experiments.bench fp8                                quantize and dequantize as a share of copy bandwidth
     python -m experiments.bench memory --config=... --workdir=...  resident memory and open files of a run, step by step
@@ -28,6 +30,8 @@ from experiments.benches import (
     memory,
     mla_decode,
     moe,
+    select_keys,
+    sparse_attention,
     step,
 )
 from experiments.cli import did_you_mean, run_main
@@ -42,6 +46,8 @@ BENCHES = {
     "flash_attention": flash_attention.main,
     "decode": decode.main,
     "mla_decode": mla_decode.main,
+    "select_keys": select_keys.main,
+    "sparse_attention": sparse_attention.main,
     "dsa": dsa.main,
     "fp8": fp8.main,
     "memory": memory.main,

@@ -29,7 +29,7 @@ from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.grouped_gemm.turns import BLOCKS, SWIZZLE, smem
 from kernels_pallas.lightning_indexer import topk as choice
 from kernels_pallas.lightning_indexer import xla
-from kernels_pallas.lightning_indexer.selection import Work, select_by
+from kernels_pallas.lightning_indexer.selection import Scores, Work, scores_by
 from kernels_pallas.select import Unsupported
 from kernels_pallas.vary import vary_alike
 
@@ -85,6 +85,13 @@ def select_keys(
     q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, k_scale_BS: jax.Array | None, mask: Mask, *, topk: int
 ) -> jax.Array:
     """The chosen keys [B, T, W], ascending, S for what is missing. Raises Unsupported."""
+    return index_scores(q_BTIJ, w_BTI, k_BSJ, k_scale_BS, mask).choose(topk)
+
+
+def index_scores(
+    q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, k_scale_BS: jax.Array | None, mask: Mask
+) -> Scores:
+    """Raises Unsupported."""
     if q_BTIJ.dtype not in (jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn):
         raise Unsupported(f"select_keys on gpu has bfloat16, float16 and float8_e4m3fn, not {q_BTIJ.dtype}")
     # Whole swizzles, and what is added has weight 0.
@@ -92,7 +99,7 @@ def select_keys(
     q_BTIJ, w_BTI, k_BSJ = pad(pad(q_BTIJ, 3, numbers), 2, 8), pad(w_BTI, 2, 8), pad(k_BSJ, 2, numbers)
     tile = Tile.of(q_BTIJ.shape[2], q_BTIJ.shape[3] * q_BTIJ.dtype.itemsize)
     kernel = functools.partial(sortable_scores, tile=tile)
-    return select_by(kernel, q_BTIJ, w_BTI, k_BSJ, k_scale_BS, mask, topk=topk, keys=KEYS)
+    return scores_by(kernel, q_BTIJ, w_BTI, k_BSJ, k_scale_BS, mask, keys=KEYS)
 
 
 def sortable_scores(work: Work, *, tile: Tile, num_sms: int = BLOCKS) -> jax.Array:

@@ -14,28 +14,40 @@ from kernels_pallas.lightning_indexer import topk as choice
 from kernels_pallas.lightning_indexer.tiles import TiledMask, Tiles
 
 
-def choose(
-    tiled_mask: TiledMask, sortable_scores: Callable[..., jax.Array], q_BTIJ: jax.Array, w_BTI: jax.Array, topk: int
-) -> jax.Array:
-    """The chosen keys [B, T, W], ascending, S for what is missing.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Those of all padded keys, a block of queries at a time."""
 
-    sortable_scores(step, q_btIJ, w_btI): those of all padded keys, int32 [b, t, S], HIDDEN where a query does not see a key.
-    """
-    tiles = tiled_mask.tiles
+    tiled_mask: TiledMask
+    queries: tuple[jax.Array, ...]  # [B, T, …], what a block's scores are made of
+    # (step, a block of each of the queries) -> sortable int32 [b, t, S], HIDDEN where a query does not see a key
+    of_block: Callable[..., jax.Array]
 
-    def one_block(carry: tuple[()], step: Any, queries: tuple[jax.Array, ...]) -> tuple[tuple[()], jax.Array]:
-        key_RS = sortable_scores(step, *queries).reshape(-1, tiles.padded_keys)
+    def choose(self, topk: int) -> jax.Array:
+        """The chosen keys [B, T, W], ascending, S for what is missing."""
+        tiles = self.tiled_mask.tiles
 
-        def over_pieces(absorb: Callable, state: Any) -> Any:
-            def one_piece(start: Any, state: Any) -> Any:
-                return absorb(jax.lax.dynamic_slice_in_dim(key_RS, start, tiles.chunk, 1), state)
+        def chosen(step: Any, key_btS: jax.Array) -> jax.Array:
+            key_RS = key_btS.reshape(-1, tiles.padded_keys)
 
-            return tiled_mask.over_keys(step, one_piece, state)
+            def over_pieces(absorb: Callable, state: Any) -> Any:
+                def one_piece(start: Any, state: Any) -> Any:
+                    return absorb(jax.lax.dynamic_slice_in_dim(key_RS, start, tiles.chunk, 1), state)
 
-        index_RW = jnp.minimum(choice.largest(key_RS, topk, over_pieces), tiles.num_keys)
-        return carry, index_RW.reshape(tiles.rows, tiles.block, topk)
+                return self.tiled_mask.over_keys(step, one_piece, state)
 
-    return tiles.over_queries(one_block, (), (q_BTIJ, w_BTI))[1]
+            index_RW = jnp.minimum(choice.largest(key_RS, topk, over_pieces), tiles.num_keys)
+            return index_RW.reshape(tiles.rows, tiles.block, topk)
+
+        return self.over_blocks(chosen)
+
+    def over_blocks(self, run: Callable[[Any, jax.Array], jax.Array]) -> jax.Array:
+        """run(step, scores of a block) -> [b, t, …]; the results of all, [B, T, …]."""
+
+        def one_block(carry: tuple[()], step: Any, queries: tuple[jax.Array, ...]) -> tuple[tuple[()], jax.Array]:
+            return carry, run(step, self.of_block(step, *queries))
+
+        return self.tiled_mask.tiles.over_queries(one_block, (), self.queries)[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +93,7 @@ class Work:
     sight: Sight
 
 
-def select_by(
+def scores_by(
     kernel: Callable[[Work], jax.Array],
     q_BTIJ: jax.Array,
     w_BTI: jax.Array,
@@ -89,10 +101,9 @@ def select_by(
     k_scale_BS: jax.Array | None,
     mask: Mask,
     *,
-    topk: int,
     keys: int,
-) -> jax.Array:
-    """As `choose`, of sortable scores [b, t, S] that a kernel makes; `keys` are a tile of it.
+) -> Scores:
+    """Sortable scores [b, t, S] that a kernel makes; `keys` are a tile of it.
 
     A selection among the keys is not for kernels: what it hides is hidden afterwards.
     """
@@ -113,7 +124,7 @@ def select_by(
         lambda a: a.reshape(-1, *a.shape[2:]), (tiles.cut_keys(k_BSJ), _maybe_cut(tiles, k_scale_BS), kv_ids)
     )
 
-    def sortable_scores(step: Any, q_btIJ: jax.Array, w_btI: jax.Array) -> jax.Array:
+    def of_block(step: Any, q_btIJ: jax.Array, w_btI: jax.Array) -> jax.Array:
         work = Work(
             q_btIJ=q_btIJ,
             w_btI=w_btI,
@@ -127,7 +138,7 @@ def select_by(
         key_btS = kernel(work)
         return key_btS if cut.selected_BTS is None else jnp.where(cut.selected_BTS[step], key_btS, choice.HIDDEN)
 
-    return choose(tiled_mask, sortable_scores, q_BTIJ, w_BTI, topk)
+    return Scores(tiled_mask=tiled_mask, queries=(q_BTIJ, w_BTI), of_block=of_block)
 
 
 def _stack(*ids: jax.Array | None) -> jax.Array | None:

@@ -1,4 +1,4 @@
-"""Production shapes of the indexer for compile checks."""
+"""Production shapes of the indexer for compile checks and benches."""
 
 import dataclasses
 
@@ -20,6 +20,12 @@ class Shape:
     @property
     def mask(self) -> Mask:
         return Mask(causal=True, q_offset=self.keys - self.queries)
+
+    @property
+    def score_flops(self) -> int:
+        """Of the index heads' products with the keys that queries see."""
+        pairs = self.queries * (self.keys - self.queries) + self.queries * (self.queries + 1) // 2
+        return 2 * pairs * self.index_heads * self.index_width
 
 
 SHAPES: dict[str, Shape] = {

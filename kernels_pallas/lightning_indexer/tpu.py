@@ -17,7 +17,7 @@ from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.flash_attention.tpu_walk import lanes
 from kernels_pallas.lightning_indexer import topk as choice
 from kernels_pallas.lightning_indexer import xla
-from kernels_pallas.lightning_indexer.selection import Work, select_by
+from kernels_pallas.lightning_indexer.selection import Scores, Work, scores_by
 from kernels_pallas.select import Unsupported
 from kernels_pallas.vary import vary_alike
 
@@ -38,6 +38,13 @@ def select_keys(
     q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, k_scale_BS: jax.Array | None, mask: Mask, *, topk: int
 ) -> jax.Array:
     """The chosen keys [B, T, W], ascending, S for what is missing. Raises Unsupported."""
+    return index_scores(q_BTIJ, w_BTI, k_BSJ, k_scale_BS, mask).choose(topk)
+
+
+def index_scores(
+    q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, k_scale_BS: jax.Array | None, mask: Mask
+) -> Scores:
+    """Raises Unsupported."""
     heads, width = q_BTIJ.shape[2:]
     if k_BSJ.dtype.itemsize == 1:
         k_BSJ = k_BSJ.astype(jnp.bfloat16)  # exactly; queries follow, a block at a time
@@ -46,9 +53,7 @@ def select_keys(
     if SUBLANES * heads * width * k_BSJ.dtype.itemsize > MOST_BYTES:
         raise Unsupported(f"select_keys on TPU has no room for {heads} index heads of {width} numbers; 'xla' does")
     keys = min(KEYS, LANES * pl.cdiv(k_BSJ.shape[1], LANES))
-    return select_by(
-        functools.partial(sortable_scores, keys=keys), q_BTIJ, w_BTI, k_BSJ, k_scale_BS, mask, topk=topk, keys=keys
-    )
+    return scores_by(functools.partial(sortable_scores, keys=keys), q_BTIJ, w_BTI, k_BSJ, k_scale_BS, mask, keys=keys)
 
 
 def sortable_scores(work: Work, *, keys: int) -> jax.Array:

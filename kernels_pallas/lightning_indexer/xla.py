@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.lightning_indexer import topk as choice
 from kernels_pallas.lightning_indexer.gathers import over_queries
-from kernels_pallas.lightning_indexer.selection import choose
+from kernels_pallas.lightning_indexer.selection import Scores
 from kernels_pallas.lightning_indexer.tiles import TiledMask, Tiles
 from kernels_pallas.select import platform
 from kernels_pallas.vary import full
@@ -18,11 +18,17 @@ def select_keys(
     q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, k_scale_BS: jax.Array | None, mask: Mask, *, topk: int
 ) -> jax.Array:
     """The chosen keys [B, T, W], ascending, S for what is missing."""
+    return index_scores(q_BTIJ, w_BTI, k_BSJ, k_scale_BS, mask).choose(topk)
+
+
+def index_scores(
+    q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, k_scale_BS: jax.Array | None, mask: Mask
+) -> Scores:
     tiles = Tiles.of(q_BTIJ, k_BSJ, q_BTIJ.shape[2])
     tiled_mask, keys = TiledMask.of(tiles, mask), jax.tree.map(tiles.cut_keys, (k_BSJ, k_scale_BS))
     scores = _scores_of_one if tiles.block == 1 and platform() == "cpu" else _scores_of_many
 
-    def sortable_scores(step: Any, q_btIJ: jax.Array, w_btI: jax.Array) -> jax.Array:
+    def of_block(step: Any, q_btIJ: jax.Array, w_btI: jax.Array) -> jax.Array:
         def absorb(start: Any, key_btS: jax.Array) -> jax.Array:
             k_bsJ, k_scale_bs = tiles.keys_at(keys, step, start)
             score_bts = scores(q_btIJ, w_btI, k_bsJ)
@@ -34,7 +40,7 @@ def select_keys(
         none_btS = full((tiles.rows, tiles.block, tiles.padded_keys), choice.HIDDEN, jnp.int32, q_BTIJ)
         return tiled_mask.over_keys(step, absorb, none_btS)
 
-    return choose(tiled_mask, sortable_scores, q_BTIJ, w_BTI, topk)
+    return Scores(tiled_mask=tiled_mask, queries=(q_BTIJ, w_BTI), of_block=of_block)
 
 
 def dense_kl(

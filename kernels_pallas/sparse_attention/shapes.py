@@ -29,8 +29,22 @@ class Shape:
     def out_BTNU(self) -> tuple[int, int, int, int]:
         return self.batch, self.queries, self.heads, LATENT
 
+    @property
+    def forward_flops(self) -> int:
+        return 2 * self._pairs * (2 * LATENT + ROPE)
+
+    @property
+    def backward_flops(self) -> int:
+        """With the logits made again."""
+        return 2 * self._pairs * (3 * (LATENT + ROPE) + 2 * LATENT)
+
+    @property
+    def _pairs(self) -> int:
+        return self.batch * self.queries * self.heads * self.selected
+
 
 SHAPES: dict[str, Shape] = {
+    "16 heads, 64 of 4K, 512 keys": Shape(queries=64, keys=4096, heads=16, selected=512),  # which a CPU does in no time
     "v3.2 train 4K of 128K": Shape(queries=4096, keys=131072, heads=128),
     "16 heads train 4K of 32K": Shape(queries=4096, keys=32768, heads=16),  # 128 heads over 8 devices
     "16 heads train 32K, 512 keys": Shape(queries=32768, keys=32768, heads=16, selected=512),

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from test_lightning_indexer import CASES, Case, chosen_keys, scores
 
 from kernels_pallas import Mask, Unsupported
-from kernels_pallas.lightning_indexer import gpu, select_keys, selection, tiles, to_fp8, topk, tpu
+from kernels_pallas.lightning_indexer import gpu, select_keys, tiles, to_fp8, topk, tpu
+from kernels_pallas.lightning_indexer.selection import Scores
 
 # On TPU tiles of 128 keys by 16 queries: several of both, the last ones partial.
 LONG = {
@@ -35,13 +36,7 @@ def small_tiles(monkeypatch):
 def scores_alone(monkeypatch):
     """`select_keys` gives all sortable scores [B, T, padded S]: to compile the choice takes far longer than a kernel."""
 
-    def choose(tiled_mask, sortable_scores, q_BTIJ, w_BTI, topk):
-        def one_block(carry, step, queries):
-            return carry, sortable_scores(step, *queries)
-
-        return tiled_mask.tiles.over_queries(one_block, (), (q_BTIJ, w_BTI))[1]
-
-    monkeypatch.setattr(selection, "choose", choose)
+    monkeypatch.setattr(Scores, "choose", lambda self, topk: self.over_blocks(lambda step, key_btS: key_btS))
 
 
 def unsorted(key: np.ndarray) -> np.ndarray:
