@@ -37,6 +37,7 @@ __all__ = ["CheckpointConfig", "Checkpointer", "Restored", "Saved", "read_config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    directory: str | None = None  # where they go, gs://BUCKET/PATH too; none: into the run's directory
     every: int = 500  # steps between two checkpoints
     keep_last: int = 3  # newest checkpoints that stay on disk
     keep_every: int | None = None  # checkpoints at multiples of this step stay for good

@@ -3,8 +3,10 @@
 Nothing here writes. JAX and Orbax are imported where they are used: looking at a config needs neither.
 """
 
+import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -247,17 +249,10 @@ def _own_data_state(path, data_states: list[dict]) -> dict:
 
 def gather(value) -> list:
     """The JSON value of every process, in order; one of them where all agree."""
-    import jax
+    from experiments import peers
 
-    if jax.process_count() == 1:
-        return [value]
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
-    longest = int(np.max(multihost_utils.process_allgather(np.array(text.size))))
-    padded = np.pad(text, (0, longest - text.size), constant_values=ord(" "))
-    texts = [bytes(row).decode() for row in multihost_utils.process_allgather(padded)]
-    return [json.loads(text) for text in (texts[:1] if len(set(texts)) == 1 else texts)]
+    values = peers.gather(value)
+    return values[:1] if all(other == values[0] for other in values) else values
 
 
 def _read_meta(path) -> dict:
@@ -271,15 +266,30 @@ def _locate(directory) -> tuple[Any, int | None]:
     if prefix == _STEP_PREFIX and number.isdecimal():
         return path.parent, int(number)
     below = path / "checkpoints"
-    return (below if below.exists() else path), None
+    return (below if below.exists() else _elsewhere(path) or path), None
+
+
+def _elsewhere(path):
+    """The `checkpoint.directory` of the run in `path`, if there is such a run and it has one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        directory = json.loads((path / "config.json").read_text())["checkpoint"]["directory"]
+        return local_absolute(directory) if directory else None
 
 
 def local_absolute(directory):
-    """An epath.Path; gs:// and the like stay as they are."""
+    """An epath.Path; gs:// stays as it is. UserError for stores that Orbax cannot write, and without the package for gs://."""
     from etils import epath
 
     text = os.fspath(directory)
-    return epath.Path(text if "://" in text else os.path.abspath(text))
+    if "://" not in text:
+        return epath.Path(os.path.abspath(text))
+    if not text.startswith("gs://"):
+        raise UserError(
+            f"{text}: checkpoints lie in directories and in gs://; mount other stores and name the directory"
+        )
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{text}: needs gcsfs, which is not installed; run `pip install gcsfs`")
+    return epath.Path(text)
 
 
 @functools.cache

@@ -29,6 +29,7 @@ from typing import Literal
 
 from experiments.cli import parse_flags, run_main
 from experiments.errors import UserError
+from experiments.paths import local_path
 
 _MEMORY = 400_000_000  # bytes that pieces under way may hold, beside as much as the largest tensor
 
@@ -86,7 +87,7 @@ def _convert(flags: ConvertFlags) -> int:
     from experiments.conversion.recast import Recast
     from experiments.conversion.request import DTYPES, SOURCE_FILES, Request, plan
 
-    source, to = pathlib.Path(flags.from_), pathlib.Path(flags.to)
+    source, to = local_path(flags.from_, "--from"), local_path(flags.to, "--to")
     if not source.is_dir():
         raise UserError(f"--from={source}: no such directory")
     workspace = Workspace(to)

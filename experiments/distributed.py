@@ -34,10 +34,17 @@ def initialize(flags: DistributedFlags) -> None:
     if any(value is not None for value in given):
         if None in given:
             raise UserError("--coordinator_address, --num_processes and --process_id belong together; give all three")
-        import jax
-
-        jax.distributed.initialize(*given)
+        _connect(*given)
     elif launched_on_several_hosts(os.environ) or count_hosts(Environment.find()) > 1:
-        import jax
+        _connect()
 
-        jax.distributed.initialize()
+
+def _connect(*given) -> None:
+    import jax
+
+    from experiments import peers
+
+    peers.explain_abort(
+        lambda: "a process of this run did not come within 5 minutes; see there why, and start all again"
+    )
+    jax.distributed.initialize(*given)

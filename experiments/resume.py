@@ -1,5 +1,6 @@
 """What a run directory must agree with before a run may go on in it."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,7 +14,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments import peers
 from experiments.checkpoint import Restored, read_config, saved_steps
+from experiments.checkpoint_read import local_absolute, one_line
 from experiments.config import ExperimentConfig
 from experiments.config_tree import diff, from_json, to_json
 from experiments.data.pipeline import Data
@@ -40,20 +43,37 @@ _IDENTITY = (
 _FREE = ("model.scan_layers", "model.remat", "model.moe.transport", "model.max_position_embeddings")
 
 
+def checkpoints(config: ExperimentConfig, directory: pathlib.Path):
+    """Where the checkpoints of a run in `directory` are, as an epath.Path. UserError for a store that cannot be used."""
+    return local_absolute(config.checkpoint.directory or directory / CHECKPOINTS_NAME)
+
+
+def what_remains(config: ExperimentConfig, directory: str | os.PathLike) -> str:
+    """Of a run that cannot go on, and how it does."""
+    steps = saved_steps(checkpoints(config, pathlib.Path(directory)))
+    last = f"the last complete checkpoint is of step {steps[-1]}" if steps else "there is no complete checkpoint yet"
+    return f"{last}; start all processes again to go on from there"
+
+
 def check_directory(config: ExperimentConfig, directory: pathlib.Path) -> None:
     """UserError if `directory` holds a run of another config; prints the fields that change on the way."""
     path = directory / CONFIG_NAME
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--workdir={directory}: is a file; name a directory")
-    if not path.exists():
-        return
-    if saved_steps(directory / CHECKPOINTS_NAME) and "hf_config" in read_config(directory).extra:
+    root = checkpoints(config, directory)
+    saved = read_config(root) if _find_steps(root) else None
+    if saved is not None and "hf_config" in saved.extra:
         raise UserError(
             f"--workdir={directory}: was made by experiments.convert and is no run; "
             f"begin one elsewhere with --config.init_from={directory}"
         )
+    is_elsewhere = saved is not None and config.checkpoint.directory is not None
+    if not is_elsewhere and not path.exists():
+        return
+    where = f"checkpoint.directory={root}" if is_elsewhere else f"--workdir={directory}"
     try:
-        earlier = from_json(ExperimentConfig, json.loads(path.read_text()), str(path))
+        written = saved.config_json if saved is not None and is_elsewhere else json.loads(path.read_text())
+        earlier = from_json(ExperimentConfig, written, str(path))
     except ValueError as error:
         raise UserError(f"{path}: not a readable config ({error}); choose another --workdir") from error
     changes = diff(earlier, config)
@@ -61,7 +81,7 @@ def check_directory(config: ExperimentConfig, directory: pathlib.Path) -> None:
     if other_run:
         more = f" and {len(other_run) - 3} more" if len(other_run) > 3 else ""
         raise UserError(
-            f"--workdir={directory} holds a run of another config ({'; '.join(other_run[:3])}{more}); choose another directory"
+            f"{where} holds a run of another config ({'; '.join(other_run[:3])}{more}); choose another directory"
         )
     if changes and jax.process_index() == 0:
         print(f"going on with other values than before: {'; '.join(changes)}", file=sys.stderr)
@@ -80,18 +100,56 @@ def check_tokenizer(config: ExperimentConfig, directory: pathlib.Path, data: Dat
             f"{saved}: not the tokenizer that data.tokenizer gives now (a trained one changes with its corpus); restore it, "
             f"set data.tokenizer=HfTokenizerConfig with data.tokenizer.path={saved}, or choose another --workdir"
         )
-    checkpoints = directory / CHECKPOINTS_NAME
-    if saved_steps(checkpoints) and read_config(directory).extra["tokenizer_sha256"] != data.tokenizer.fingerprint:
+    root = checkpoints(config, directory)
+    if saved_steps(root) and read_config(root).extra["tokenizer_sha256"] != data.tokenizer.fingerprint:
         raise UserError(
-            f"{checkpoints}: the tokenizer that data.tokenizer gives now is not that of the checkpoints; restore its corpus "
+            f"{root}: the tokenizer that data.tokenizer gives now is not that of the checkpoints; restore its corpus "
             "or choose another --workdir"
         )
 
 
+def _find_steps(root) -> list[int]:
+    try:
+        return saved_steps(root)
+    except Exception as error:  # each library for a remote store has errors of its own
+        raise UserError(f"checkpoint.directory={root}: cannot be read ({one_line(error)})") from error
+
+
 def create(config: ExperimentConfig, directory: pathlib.Path, data: Data) -> None:
-    """Creates the run directory with the resolved config and the tokenizer; process 0 only."""
-    if jax.process_index() != 0:
-        return
+    """Creates the run directory, with the resolved config and the tokenizer, and that of the checkpoints.
+
+    UserError, in every process, if it cannot be written, or if not all processes see the same directory of checkpoints.
+    """
+    with peers.together():
+        if jax.process_index() == 0:
+            _create_directory(config, directory, data)
+    _create_shared(checkpoints(config, directory))
+
+
+def _create_shared(root) -> None:
+    # A name that is new to every process: network file systems remember what was not there.
+    name = f"writable_{peers.of_first(os.urandom(8).hex())}"
+    own = root / f"{name}_{jax.process_index()}"
+    try:
+        with peers.together():
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                own.write_text("")
+            except Exception as error:  # each library for a remote store has errors of its own
+                cause = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+                raise UserError(f"{root}: checkpoints cannot be written ({cause}); choose another directory") from error
+        with peers.together():
+            if not (root / f"{name}_0").exists():
+                raise UserError(
+                    f"{root} is not the directory that process 0 writes to; name one that all processes share in "
+                    "--workdir or checkpoint.directory"
+                )
+    finally:
+        with contextlib.suppress(Exception):  # it was not written
+            own.unlink()
+
+
+def _create_directory(config: ExperimentConfig, directory: pathlib.Path, data: Data) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / TOKENIZER_NAME).exists():

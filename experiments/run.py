@@ -26,11 +26,15 @@ def main(argv: list[str]) -> int:
     config, flags = parse_argv(argv, RunFlags, ExperimentConfig)
     config.check_training()
     initialize(flags)
-    warn_of_unused_chips()  # before the mesh is found too large for a CPU
+    from experiments import agreement, peers
+    from experiments.resume import what_remains
     from experiments.train import evaluate, train
 
     try:
-        return (evaluate if flags.eval_only else train)(config, flags.workdir)
+        with peers.Watch(lambda: what_remains(config, flags.workdir)):
+            agreement.check_start(config, flags.workdir)
+            warn_of_unused_chips()  # before the mesh is found too large for a CPU
+            return (evaluate if flags.eval_only else train)(config, flags.workdir)
     except KeyboardInterrupt:  # before the first step, or while evaluating: there is nothing to save
         return 128 + signal.SIGINT
 

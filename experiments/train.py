@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import init_from, resume
+from experiments import agreement, init_from, peers, resume
 from experiments.backend import set_up_backend
 from experiments.checkpoint import Checkpointer, restore_params, saved_steps
 from experiments.config import ExperimentConfig
@@ -26,10 +26,11 @@ from experiments.interrupt import Interrupt
 from experiments.loading import ModelSource
 from experiments.meter import Meter, Profiler
 from experiments.metrics import NoMetricsWriter
+from experiments.paths import local_path
 from experiments.peak_flops import find_peak
 from experiments.plot import plot_at_end
 from experiments.progress import Progress
-from experiments.step import init_state, make_train_step
+from experiments.step import init_state, jit_train_step
 from mdl.pure import PureModel
 
 
@@ -38,7 +39,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
 
     Raises UserError, before anything is compiled or written, for what cannot be trained here or a workdir of another run.
     """
-    directory = pathlib.Path(workdir)
+    directory = run_directory(workdir)
     data, source = prepare(config, directory)
     is_main = jax.process_index() == 0
     say = on_first_process(lambda line: print(line, flush=True))
@@ -49,7 +50,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         describe(config, data, mesh, peak, say)
-        checkpointer = stack.enter_context(Checkpointer(directory / resume.CHECKPOINTS_NAME, config.checkpoint))
+        checkpointer = stack.enter_context(Checkpointer(resume.checkpoints(config, directory), config.checkpoint))
         # The initial state is computed once: on a CPU compiling it well would take longer than running it badly.
         quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         make_state = jax.jit(
@@ -78,7 +79,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
         profiler = stack.enter_context(Profiler(profiled, directory / "profile", progress.say))
         meter = Meter(config.train_flops_per_token, peak.flops)
         held_out = HeldOut(config, data, model, mesh)
-        train_step = jax.jit(make_train_step(config, model), donate_argnums=0)
+        train_step = jit_train_step(config, model, mesh)
         # A CPU with virtual devices aborts when many steps are queued, and mixes up collectives that run side by side.
         one_step_in_flight = jax.default_backend() == "cpu"
 
@@ -145,8 +146,9 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
 
 def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
     """Prints the held-out scores of the newest checkpoint in `workdir`; writes nothing."""
-    directory = pathlib.Path(workdir)
-    if not saved_steps(directory / resume.CHECKPOINTS_NAME):
+    directory = run_directory(workdir)
+    checkpoints = resume.checkpoints(config, directory)
+    if not saved_steps(checkpoints):
         raise UserError(f"--workdir={directory}: no checkpoint to evaluate")
     data, _ = prepare(config, directory)
     say = on_first_process(lambda line: print(line, flush=True))
@@ -157,11 +159,12 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
         if not held_out.exists:
             raise UserError("data.source: no document is held out, there is nothing to evaluate on")
         abstract = resume.abstract_state(jax.jit(lambda: model.init(jax.random.key(config.seed))), mesh)
-        restored = restore_params(directory, abstract)
+        restored = restore_params(checkpoints, abstract)
         say(f"evaluating the checkpoint of step {restored.step}")
         state = restored.state
         if config.train.ema_decay is not None:
-            state["ema"] = restore_params(directory, abstract, step=restored.step, ema=True, cast=True).state["params"]
+            averaged = restore_params(checkpoints, abstract, step=restored.step, ema=True, cast=True)
+            state["ema"] = averaged.state["params"]
         started = time.monotonic()
         scores = held_out.scores(state).items()
         scores = "  ".join(f"{name} {value:.4f}" for name, value in scores if np.ndim(value) == 0)
@@ -172,25 +175,31 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
 def prepare(config: ExperimentConfig, directory: pathlib.Path) -> tuple[Data, ModelSource | None]:
     """Refuses what cannot work, in the order of cost; returns the corpus, and where a new run takes its parameters from."""
     config.check_training()
-    config.log.check()
     config.check_mesh(jax.device_count(), jax.process_count())
     config.check_parameters()
     config.optim.build(config.train.num_steps)  # UserError if its schedule does not fit
-    resume.check_directory(config, directory)
-    is_new = not saved_steps(directory / resume.CHECKPOINTS_NAME)
-    source = init_from.find_source(config) if is_new else None
-    data = config.data.build(
-        config.train.seq_len,
-        config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        say=on_first_process(lambda line: print(line, file=sys.stderr, flush=True)),
-    )
-    resume.check_tokenizer(config, directory, data)
-    if source:
-        init_from.check_tokenizer(config, source, data)
+    with peers.together():
+        config.log.check()
+        resume.check_directory(config, directory)
+        steps = saved_steps(resume.checkpoints(config, directory))
+        source = None if steps else init_from.find_source(config)
+        data = config.data.build(
+            config.train.seq_len,
+            config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            say=on_first_process(lambda line: print(line, file=sys.stderr, flush=True)),
+        )
+        resume.check_tokenizer(config, directory, data)
+        if source:
+            init_from.check_tokenizer(config, source, data)
+    agreement.check_files(data, steps)
     set_up_backend()
     return data, source
+
+
+def run_directory(workdir: str | os.PathLike) -> pathlib.Path:
+    return local_path(workdir, "--workdir", f"name a directory, and checkpoint.directory={os.fspath(workdir)}")
 
 
 def on_first_process(say: Callable[[str], None]) -> Callable[[str], None]:

@@ -32,8 +32,8 @@ class Source(Protocol):
         """A hash that changes when the documents do. Cheap: large files count by path, size and time of change."""
         ...
 
-    def num_shards(self, split: Split) -> int:
-        """Parts that can be read apart from each other, such as files."""
+    def shards(self, split: Split) -> Sequence[str]:
+        """Names of the parts that can be read apart from each other, such as files."""
         ...
 
     def read(self, split: Split, shard: int) -> Iterator[Document]:
@@ -43,7 +43,7 @@ class Source(Protocol):
 
 def documents(source: Source, split: Split) -> Iterator[Document]:
     """All documents of a split, in order."""
-    for shard in range(source.num_shards(split)):
+    for shard in range(len(source.shards(split))):
         yield from source.read(split, shard)
 
 
@@ -75,8 +75,8 @@ class FileSource:
         content = json.dumps([files, self._fraction, settings], sort_keys=True)
         self.identity = hashlib.sha256(content.encode()).hexdigest()
 
-    def num_shards(self, split: Split) -> int:
-        return 0 if split == "validation" and self._fraction == 0 else len(self._files[split])
+    def shards(self, split: Split) -> Sequence[str]:
+        return [] if split == "validation" and self._fraction == 0 else [path.name for path in self._files[split]]
 
     def read(self, split: Split, shard: int) -> Iterator[Document]:
         for document in self._read_file(self._files[split][shard]):

@@ -19,6 +19,7 @@ from experiments.data.sources import MixtureConfig, SourceConfig, StdlibConfig
 from experiments.data.token_cache import TokenizedCorpus, tokenize_corpus
 from experiments.data.windows import Row, Windows
 from experiments.errors import UserError
+from experiments.paths import local_path
 from experiments.tokenizer import BpeTokenizerConfig, Tokenizer, TokenizerConfig
 
 
@@ -109,7 +110,9 @@ class Data:
         self._sources: Sequence[Source] = [member.build() for member in members]
         for source in self._sources:
             _check_not_empty(source)
-        cache_dir = pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+        cache_dir = (
+            local_path(config.cache_dir, "data.cache_dir").expanduser() if config.cache_dir else default_cache_dir()
+        )
         identity = hashlib.sha256("\n".join(source.identity for source in self._sources).encode()).hexdigest()
         self.tokenizer: Tokenizer = config.tokenizer.build(self._train_texts, identity, cache_dir, say)
         self._eos = config.eos and self.tokenizer.eos_id is not None
@@ -143,6 +146,11 @@ class Data:
     def corpus_sha256(self) -> str:
         """Hash of the texts of all documents read: everything, or when streaming the held-out part."""
         return hashlib.sha256("\n".join(corpus.sha256 for corpus in self._corpora).encode()).hexdigest()
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the parts of the training documents, such as files, of every member."""
+        return [name for source in self._sources for name in source.shards("train")]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -237,7 +245,7 @@ class _Joined(Sequence[Row]):
 def _check_not_empty(source: Source) -> None:
     if not any(document.text for document in documents(source, "train")):
         raise UserError("data.source: the corpus is empty, there is no document to train on; check what it holds out")
-    if source.num_shards("validation") and not any(document.text for document in documents(source, "validation")):
+    if source.shards("validation") and not any(document.text for document in documents(source, "validation")):
         raise UserError(
             "data.source: no document is held out; give validation_paths or a larger validation_fraction, cut files "
             "into more documents, or set validation_fraction=0 to go without validation"

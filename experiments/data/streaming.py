@@ -137,7 +137,7 @@ class _TextIterator(grain.DatasetIterator[str]):
     def __init__(self, source: Source, seed: int, start: int, step: int):
         super().__init__()
         self._source, self._seed = source, seed
-        num_shards = source.num_shards("train")
+        num_shards = len(source.shards("train"))
         by_shard = num_shards >= step
         self._shards = range(start, num_shards, step) if by_shard else range(num_shards)
         self._offset, self._stride = (0, 1) if by_shard else (start, step)

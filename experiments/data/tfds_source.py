@@ -9,7 +9,7 @@ import json
 import pathlib
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments.data.documents import Document, Split, check_fraction, file_identity, is_held_out
@@ -88,9 +88,9 @@ class TfdsSource:
                 raise UserError(f"{part.path}: a file of {self._config.name} is missing; prepare the dataset again")
         return parts
 
-    def num_shards(self, split: Split) -> int:
+    def shards(self, split: Split) -> Sequence[str]:
         no_held_out = self._config.validation_split is None and self._config.validation_fraction == 0
-        return 0 if split == "validation" and no_held_out else len(self._parts[split])
+        return [] if split == "validation" and no_held_out else [part.path.name for part in self._parts[split]]
 
     def read(self, split: Split, shard: int) -> Iterator[Document]:
         part = self._parts[split][shard]

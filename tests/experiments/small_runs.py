@@ -64,20 +64,35 @@ def children_hear_ctrl_c():
 class Run:
     """One process. Its stdout is a pipe of one page, so that it comes to a halt about 30 printed steps after the last line read."""
 
-    def __init__(self, home, *arguments, devices=1, limit_file_size=None, compilation_cache=True):
+    def __init__(
+        self,
+        home,
+        *arguments,
+        devices=1,
+        limit_file_size=None,
+        compilation_cache=True,
+        before="",
+        root=ROOT,
+        variables=None,
+    ):
+        """before: Python that the process runs first. root: the tree whose code it runs."""
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "XDG_CACHE_HOME": str(home.cache),
             "PYTHONUNBUFFERED": "1",
             "JAX_ENABLE_COMPILATION_CACHE": str(compilation_cache).lower(),
+            **(variables or {}),
         }
         command = [sys.executable, "-m", "experiments.run", *map(str, arguments)]
+        if before:
+            code = f"{before}\nimport runpy\nrunpy.run_module('experiments.run', run_name='__main__', alter_sys=True)"
+            command[1:3] = "-c", code
         if limit_file_size:
             command = ["prlimit", f"--fsize={limit_file_size}", *command]
         with children_hear_ctrl_c():
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+                command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
             )
         self._guard = threading.Timer(TIMEOUT_SECONDS, self.process.kill)
         self._guard.start()

@@ -2,9 +2,7 @@
 
 import re
 import signal
-import socket
 
-import pytest
 from small_runs import DENSE, assert_close_run, metrics, newest
 
 # What the CPU's collectives print of themselves, torn by their threads.
@@ -28,26 +26,6 @@ def test_one_run_on_eight_devices_then_four_then_one(home, uninterrupted, tmp_pa
     assert f"resumed from the checkpoint of step {done}" in ended.stdout
     assert "mesh.fsdp: 2 → 1" in ended.stderr
     assert_close_run(workdir, uninterrupted)
-
-
-@pytest.fixture
-def two_processes(home):
-    """Starts a run on two processes of four devices each; both are killed in the end."""
-    runs = []
-
-    def start(workdir, *arguments):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        for process in range(2):
-            flags = f"--coordinator_address=localhost:{port}", "--num_processes=2", f"--process_id={process}"
-            # Only process 0 would find compiled programs, and its collectives would wait 30 seconds for the other, no longer.
-            runs.append(home.start(workdir, *flags, *arguments, devices=4, compilation_cache=False))
-        return runs[-2:]
-
-    yield start
-    for run in runs:
-        run.__exit__()
 
 
 def test_two_processes_then_one(home, two_processes, tmp_path):

@@ -87,7 +87,7 @@ def test_identity_follows_the_file_and_the_settings(kind, tmp_path, texts):
 def test_validation_fraction_zero_holds_out_nothing(kind, tmp_path, texts):
     config = config_of(kind, tmp_path, texts, validation_fraction=0)
     assert len(texts_of(config, "train")) == len(texts)
-    assert config.build().num_shards("validation") == 0
+    assert config.build().shards("validation") == []
 
 
 def test_text_files_are_one_document_each_with_their_bytes_untouched(tmp_path):
