@@ -1,5 +1,6 @@
 """Attention to selected latents by the kernels of decoding, on simulated chips. That they compile is in test_aot.py."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 from harness import interpreted
@@ -24,6 +25,16 @@ def test_on_hopper(monkeypatch):
     with interpreted("gpu"):
         case = Case(latents=True, lengths=(3, 70), slots=64, dims=(192, 128), batch=1, tiled=False)
         check_bfloat16(case, "gpu")
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_on_a_chip(implementation):
+    """Values and gradients at the widths of DeepSeek-V3.2; some queries have few keys or none."""
+    if jax.default_backend() != implementation:
+        pytest.skip(f"no device for {implementation!r}: this is {jax.default_backend()}")
+    case = Case(latents=True, heads=(16, 1), lengths=(21, 300), slots=128, dims=(576, 512), tiled=False)
+    check_bfloat16(case, implementation)
 
 
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
