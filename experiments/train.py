@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from experiments import agreement, init_from, peers, resume
-from experiments.backend import set_up_backend
+from experiments.backend import saying_choices, set_up_backend
 from experiments.checkpoint import Checkpointer, restore_params, saved_steps
 from experiments.config import ExperimentConfig
 from experiments.config_tree import to_json
@@ -74,6 +74,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> int:
         progress = stack.enter_context(
             Progress(config.train.num_steps, every=config.log.every, first_step=done + 1, file=screen)
         )
+        stack.enter_context(saying_choices(progress.say))
         interrupt = stack.enter_context(Interrupt())
         profiled = config.train.profile_steps if is_main else None
         profiler = stack.enter_context(Profiler(profiled, directory / "profile", progress.say))
