@@ -38,6 +38,7 @@ def test_a_whole_run(uninterrupted):
     assert last["load/bias_norm"] > 0
     printed = (uninterrupted / "stdout").read_text()
     assert f"val bpb {last['val/bpb']:.4f}" in printed and "step 40/40" in printed
+    assert "flash_attention: implementation xla" in printed
     config = from_json(ExperimentConfig, json.loads((uninterrupted / "config.json").read_text()))
     assert config.train.num_steps == 40 and config.model.hidden_size == 16
     tokenizer = load_tokenizer(uninterrupted / "tokenizer")
