@@ -7,7 +7,7 @@ import os
 import pathlib
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -39,6 +39,8 @@ _IDENTITY = (
     "data.streaming",
     "train.seq_len",
     "train.trainable",
+    "train.ema_decay",  # with it, a state has parameters that one without has not
+    "optim.moment_dtype",
 )
 _FREE = ("model.scan_layers", "model.remat", "model.moe.transport", "model.max_position_embeddings")
 
@@ -118,12 +120,30 @@ def _find_steps(root) -> list[int]:
 def create(config: ExperimentConfig, directory: pathlib.Path, data: Data) -> None:
     """Creates the run directory, with the resolved config and the tokenizer, and that of the checkpoints.
 
-    UserError, in every process, if it cannot be written, or if not all processes see the same directory of checkpoints.
+    UserError, in every process, if one cannot be written, or if not all processes see the same directory of checkpoints.
     """
-    with peers.together():
-        if jax.process_index() == 0:
-            _create_directory(config, directory, data)
+    is_main = jax.process_index() == 0
+    with peers.together(), _naming(directory):
+        if is_main:
+            directory.mkdir(parents=True, exist_ok=True)
     _create_shared(checkpoints(config, directory))
+    with peers.together(), _naming(directory):
+        if is_main:
+            if not (directory / TOKENIZER_NAME).exists():
+                unfinished = directory / (TOKENIZER_NAME + ".tmp")
+                data.tokenizer.save(unfinished, add_bos=config.data.bos)
+                unfinished.rename(directory / TOKENIZER_NAME)
+            unfinished = directory / (CONFIG_NAME + ".tmp")
+            unfinished.write_text(json.dumps(to_json(config), indent=2) + "\n")
+            os.replace(unfinished, directory / CONFIG_NAME)
+
+
+@contextlib.contextmanager
+def _naming(directory: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--workdir={directory}: cannot be written ({error.strerror}); choose another") from error
 
 
 def _create_shared(root) -> None:
@@ -147,20 +167,6 @@ def _create_shared(root) -> None:
     finally:
         with contextlib.suppress(Exception):  # it was not written
             own.unlink()
-
-
-def _create_directory(config: ExperimentConfig, directory: pathlib.Path, data: Data) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / TOKENIZER_NAME).exists():
-            unfinished = directory / (TOKENIZER_NAME + ".tmp")
-            data.tokenizer.save(unfinished, add_bos=config.data.bos)
-            unfinished.rename(directory / TOKENIZER_NAME)
-        unfinished = directory / (CONFIG_NAME + ".tmp")
-        unfinished.write_text(json.dumps(to_json(config), indent=2) + "\n")
-        os.replace(unfinished, directory / CONFIG_NAME)
-    except OSError as error:
-        raise UserError(f"--workdir={directory}: cannot be written ({error.strerror}); choose another") from error
 
 
 def provenance(data: Data) -> dict[str, str]:

@@ -222,6 +222,17 @@ def test_directories(refuse, home, uninterrupted, tmp_path):
     line = refuse("--config.model.hidden_size=32", workdir=uninterrupted)
     assert "holds a run of another config (model.hidden_size: 16 → 32)" in line and "another directory" in line
     assert "seed: 0 → 1" in refuse("--config.seed=1", workdir=uninterrupted)
+    assert "train.ema_decay: none → 0.9" in refuse("--config.train.ema_decay=0.9", workdir=uninterrupted)
+    line = refuse("--config.optim.moment_dtype=bfloat16", workdir=uninterrupted)
+    assert "optim.moment_dtype: float32 → bfloat16" in line
+    elsewhere = f"--config.checkpoint.directory={uninterrupted}/checkpoints"
+    assert (
+        f"error: checkpoint.directory={uninterrupted}/checkpoints holds a run of another config (seed: 0 → 1)"
+        in refuse(elsewhere, "--config.seed=1")
+    )
+    copied = copy(uninterrupted, tmp_path / "copied", keep=[])
+    line = refuse(f"--config.checkpoint.directory={file}/c", workdir=copied, said=["going on with other values"])
+    assert f"error: {file}/c: checkpoints cannot be written (Not a directory); choose another directory" in line
     broken = copy(uninterrupted, tmp_path / "broken")
     (broken / "config.json").write_text("{")
     assert "config.json: not a readable config" in refuse(workdir=broken)

@@ -46,20 +46,21 @@ def test_another_config_and_other_code_are_refused_before_a_device_is_used(two_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_shard_is_named_with_its_process(two_processes, home, tmp_path):
+@pytest.mark.parametrize("missing", ["07.txt", pytest.param("*.txt", marks=pytest.mark.slow)])
+def test_a_missing_shard_is_named_with_its_process(missing, two_processes, home, tmp_path):
     homes = [tmp_path / "a", tmp_path / "b"]
     for folder in homes:
         shutil.copytree(pathlib.Path(home.corpus).parent, folder / "corpus")
     arguments = [f"--config={CONFIG}:~/corpus/*.txt"]
     each = {process: {"variables": {"HOME": str(homes[process])}, "arguments": arguments} for process in range(2)}
-    for missing, said in [
-        ("07.txt", "data.source file 07.txt is absent, there on process 0"),
-        ("*.txt", "data.source.paths='~/corpus/*.txt': no such file"),
-    ]:
-        for path in (homes[1] / "corpus").glob(missing):
-            path.unlink()
-        code, line = end_with_one_error(two_processes(tmp_path / "run", each=each))
-        assert code == 2 and line.startswith(f"error: process 1 ({socket.gethostname()}): {said}"), line
+    for path in (homes[1] / "corpus").glob(missing):
+        path.unlink()
+    code, line = end_with_one_error(two_processes(tmp_path / "run", each=each))
+    said = {
+        "07.txt": "data.source file 07.txt is absent, there on process 0",
+        "*.txt": "data.source.paths='~/corpus/*.txt': no such file",
+    }[missing]
+    assert code == 2 and line.startswith(f"error: process 1 ({socket.gethostname()}): {said}"), line
     assert not (tmp_path / "run").exists()
 
 
@@ -110,22 +111,14 @@ def test_a_url_never_becomes_a_directory_here(tmp_path, monkeypatch):
 
 def test_checkpoints_may_be_kept_elsewhere(home, uninterrupted, tmp_path):
     kept = copy(uninterrupted, tmp_path / "before", keep=[20]) / "checkpoints"
-    elsewhere = f"--config.checkpoint.directory={kept}"
-    with home.start(tmp_path / "run", elsewhere, "--config.seed=1") as run:
-        assert (ended := run.end()).code == 2
-    assert f"error: checkpoint.directory={kept} holds a run of another config (seed: 0 → 1)" in ended.stderr
-    ended = home.run(tmp_path / "run", elsewhere)  # a new work directory: the disk of the host was lost
+    ended = home.run(
+        tmp_path / "run", f"--config.checkpoint.directory={kept}"
+    )  # as after the loss of a host and its disk
     assert "resumed from the checkpoint of step 20" in ended.stdout
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert checkpoint_read.read_config(tmp_path / "run").step == 40  # found by way of the run
     (arrays, meta), (expected, _) = checkpoint(tmp_path / "before"), checkpoint(uninterrupted)
     assert meta["step"] == 40 and all(arrays[name].tobytes() == array.tobytes() for name, array in expected.items())
-
-    file = tmp_path / "file"
-    file.write_text("")
-    with home.start(tmp_path / "other", f"--config.checkpoint.directory={file}/c") as run:
-        assert (ended := run.end()).code == 2 and "model: " not in ended.stdout
-    assert f"error: {file}/c: checkpoints cannot be written (Not a directory); choose another directory" in ended.stderr
 
 
 def test_the_others_end_when_one_is_killed_and_another_number_goes_on(home, two_processes, tmp_path):
@@ -151,6 +144,31 @@ def killed(run, other, workdir, name) -> int:
         "start all processes again to go on from there"
     )
     return steps[-1]
+
+
+@pytest.mark.slow
+def test_the_others_end_with_the_error_of_one_that_fails(two_processes, tmp_path):
+    fails = """
+from experiments.errors import UserError
+from experiments.feed import Feed
+next_batch, steps = Feed.next_batch, iter(range(12))
+def fail(self):
+    if next(steps, None) is None:
+        raise UserError("the disk of the corpus is gone")
+    return next_batch(self)
+Feed.next_batch = fail
+"""
+    for process in range(2):
+        workdir = tmp_path / str(process)
+        runs = two_processes(workdir, *DENSE, before=QUICK_BEATS, each={process: {"before": QUICK_BEATS + fails}})
+        ended = [run.end() for run in runs]
+        alone, other = ended[process], ended[1 - process]
+        assert (alone.code, other.code) == (2, GONE), ended
+        assert alone.stderr.splitlines()[-1] == "error: the disk of the corpus is gone"
+        assert other.stderr.splitlines()[-1] == (
+            f"error: process {process} ({socket.gethostname()}) failed: the disk of the corpus is gone; "
+            "the last complete checkpoint is of step 10; start all processes again to go on from there"
+        )
 
 
 @pytest.mark.slow
