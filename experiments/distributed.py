@@ -28,6 +28,17 @@ def launched_on_several_hosts(environment: Mapping[str, str]) -> bool:
     )
 
 
+def check_slurm(environment: Mapping[str, str]) -> None:
+    """UserError in a job of several tasks if neither srun nor anything else started this process: JAX would not find the others."""
+    tasks = environment.get("SLURM_NTASKS", "1")
+    others = {"SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_ADDRESS"}
+    if int(tasks) > 1 and not others & set(environment):
+        raise UserError(
+            f"this SLURM job has {tasks} tasks, and srun did not start this process as one of them; put srun in front of the "
+            "command, or SLURM_NTASKS=1 to run it alone"
+        )
+
+
 def initialize(flags: DistributedFlags) -> None:
     """Connects this process with the others, before any device is used; does nothing for a run of one process."""
     given = (flags.coordinator_address, flags.num_processes, flags.process_id)
@@ -36,6 +47,7 @@ def initialize(flags: DistributedFlags) -> None:
             raise UserError("--coordinator_address, --num_processes and --process_id belong together; give all three")
         _connect(*given)
     elif launched_on_several_hosts(os.environ) or count_hosts(Environment.find()) > 1:
+        check_slurm(os.environ)
         _connect()
 
 

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import cli, environment
+from experiments.distributed import check_slurm
 from experiments.environment import Environment, explain, why_only_cpu
+from experiments.errors import UserError
 from experiments.versions import OLDEST_PYTHON, numbers, required_jax, wrong_version
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -167,6 +169,16 @@ def test_it_is_said_once(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.startswith("warning: the NVIDIA GPU of this machine is not used: ") and said.count("\n") == 1
     environment.warn_of_unused_chips.cache_clear()
+
+
+def test_srun_that_was_forgotten():
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "0"}
+    with pytest.raises(UserError, match=r"this SLURM job has 16 tasks, .*; put srun in front"):
+        check_slurm(job)
+    check_slurm(job | {"SLURM_STEP_NODELIST": "node[1-2]"})
+    check_slurm(job | {"OMPI_COMM_WORLD_SIZE": "16"})
+    check_slurm(job | {"SLURM_NTASKS": "1"})
+    check_slurm({})
 
 
 # --- what JAX raises -----------------------------------------------------------------------------------------------------------
