@@ -1,14 +1,25 @@
 """The public routed experts."""
 
 import functools
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.expert_mlp import chunks, reference, xla
+from kernels_pallas.expert_mlp.grouped import Grouped
+from kernels_pallas.grouped_gemm import api as grouped_gemm
 from kernels_pallas.select import select
+from kernels_pallas.vary import vary_alike
+
+Implementation = Literal["xla", "tpu", "gpu", "reference"]
+# A back end has `forward` and `backward` as xla.py has them; the first is the default: no kernel has been timed on a device yet.
+BACK_ENDS: dict[str, Any] = {
+    "xla": xla,
+    "tpu": Grouped(grouped_gemm.BACK_ENDS["tpu"]),
+    "gpu": Grouped(grouped_gemm.BACK_ENDS["gpu"]),
+    "reference": reference,
+}
 
 
 def expert_mlp(
@@ -20,7 +31,7 @@ def expert_mlp(
     down_EFD: jax.Array,
     *,
     expected_choices: int | None = None,
-    implementation: Literal["reference", "xla"] | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Routed SwiGLU experts: y[t] = sum_x weight[t, x] · expert[index[t, x]](x[t]); dropless, exact for any load.
 
@@ -29,7 +40,9 @@ def expert_mlp(
     (None: all), which decides how much work is done at once; any number is exact. Accumulates in float32
     (float64 in float64); y has x's dtype. Differentiable in x, weight and the three matrices.
 
-    Raises ValueError on shapes that do not fit, and Unsupported on an implementation that is not there.
+    "tpu" and "gpu" are the kernels of `grouped_gemm`; what these give is rounded to x's dtype before choices are summed.
+
+    Raises ValueError on shapes that do not fit, and Unsupported on an implementation that cannot do the call.
     """
     experts, width, hidden = gate_EDF.shape
     if up_EDF.shape != gate_EDF.shape or down_EFD.shape != (experts, hidden, width):
@@ -45,35 +58,38 @@ def expert_mlp(
         )
     if not jnp.issubdtype(index_TX.dtype, jnp.integer):
         raise ValueError(f"expert_mlp needs integer indices, got {index_TX.dtype}")
-    table: dict[str, Callable] = {
-        "xla": functools.partial(_xla, expected_choices),
-        "reference": reference.expert_mlp,
-    }
-    run = select("expert_mlp", implementation, table)
-    return run(x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD).astype(x_TD.dtype)
+    back_end = select("expert_mlp", implementation, BACK_ENDS)
+    arrays = vary_alike((x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD))
+    if back_end is reference:
+        return reference.expert_mlp(*arrays).astype(x_TD.dtype)
+    if not index_TX.size:
+        back_end = xla  # nothing for a kernel to do
+    return _run(back_end, expected_choices, *arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _xla(expected_choices, x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(back_end, expected_choices, x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD):
     inputs = x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD
-    if 0 < index_TX.size < gate_EDF.shape[0]:  # some experts stay idle, and no gradient is wanted here
+    if (
+        back_end is xla and 0 < index_TX.size < gate_EDF.shape[0]
+    ):  # some experts stay idle, and no gradient is wanted here
         return xla.forward_by_choice(*inputs)
-    return _xla_fwd(expected_choices, *inputs)[0]
+    return _run_fwd(back_end, expected_choices, *inputs)[0]
 
 
-def _xla_fwd(expected_choices, *arrays):
+def _run_fwd(back_end, expected_choices, *arrays):
     inputs = chunks.Inputs(*arrays)
     if chunks.count(expected_choices, inputs) == 1:
-        return xla.forward(expected_choices, *inputs)
-    return chunks.forward(expected_choices, inputs), inputs
+        return back_end.forward(expected_choices, *inputs)
+    return chunks.forward(back_end, expected_choices, inputs), inputs
 
 
-def _xla_bwd(expected_choices, residuals, dy_TD):
+def _run_bwd(back_end, expected_choices, residuals, dy_TD):
     if isinstance(residuals, chunks.Inputs):
-        dx_TD, dweight_TX, *matrices = chunks.backward(expected_choices, residuals, dy_TD)
+        dx_TD, dweight_TX, *matrices = chunks.backward(back_end, expected_choices, residuals, dy_TD)
     else:
-        dx_TD, dweight_TX, *matrices = xla.backward(residuals, dy_TD)
+        dx_TD, dweight_TX, *matrices = back_end.backward(residuals, dy_TD)
     return dx_TD, None, dweight_TX, *(dw.astype(residuals.gate_EDF.dtype) for dw in matrices)
 
 
-_xla.defvjp(_xla_fwd, _xla_bwd)
+_run.defvjp(_run_fwd, _run_bwd)

@@ -1,12 +1,12 @@
 """Many tokens, chunk by chunk: what lies between x and y exists for one chunk at a time, and is made again for the gradients."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.expert_mlp import xla
+from kernels_pallas.expert_mlp.xla import accumulation
 from kernels_pallas.vary import vary_alike
 
 ROWS = 2048  # of an average expert in a chunk; its products gain nothing from more
@@ -31,29 +31,29 @@ def count(expected_choices: int | None, inputs: Inputs) -> int:
     return max(1, math.ceil(choices / (len(inputs.gate_EDF) * ROWS)))
 
 
-def forward(expected_choices: int | None, inputs: Inputs) -> jax.Array:
+def forward(back_end: Any, expected_choices: int | None, inputs: Inputs) -> jax.Array:
     """y_TD."""
     chunks = count(expected_choices, inputs)
     expected = expected_choices and math.ceil(expected_choices / chunks)
 
     def one_chunk(chunk: tuple[jax.Array, ...]) -> jax.Array:
         x_tD, index_tX, weight_tX = chunk
-        return xla.forward(expected, x_tD, index_tX, weight_tX, *inputs.matrices)[0]
+        return back_end.forward(expected, x_tD, index_tX, weight_tX, *inputs.matrices)[0]
 
     return _join(jax.lax.map(one_chunk, _cut(chunks, inputs)), len(inputs.x_TD))
 
 
-def backward(expected_choices: int | None, inputs: Inputs, dy_TD: jax.Array) -> tuple[jax.Array, ...]:
+def backward(back_end: Any, expected_choices: int | None, inputs: Inputs, dy_TD: jax.Array) -> tuple[jax.Array, ...]:
     """Gradients of x_TD, weight_TX and, in the dtype of accumulation, the three matrices."""
     chunks = count(expected_choices, inputs)
     expected = expected_choices and math.ceil(expected_choices / chunks)
-    sums = tuple(jnp.zeros(w.shape, xla.accumulation(w)) for w in inputs.matrices)
+    sums = tuple(jnp.zeros(w.shape, accumulation(w)) for w in inputs.matrices)
     sums, inputs, dy_TD = vary_alike((sums, inputs, dy_TD))
 
     def one_chunk(sums: tuple[jax.Array, ...], chunk: tuple[jax.Array, ...]):
         x_tD, index_tX, weight_tX, dy_tD = chunk
-        _, residuals = xla.forward(expected, x_tD, index_tX, weight_tX, *inputs.matrices)
-        dx_tD, dweight_tX, *gradients = xla.backward(residuals, dy_tD)
+        _, residuals = back_end.forward(expected, x_tD, index_tX, weight_tX, *inputs.matrices)
+        dx_tD, dweight_tX, *gradients = back_end.backward(residuals, dy_tD)
         return tuple(map(jnp.add, sums, gradients)), (dx_tD, dweight_tX)
 
     sums, (dx_ctD, dweight_ctX) = jax.lax.scan(one_chunk, sums, _cut(chunks, inputs, dy_TD))

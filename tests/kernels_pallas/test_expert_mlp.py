@@ -2,14 +2,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import interpreted
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import Unsupported, expert_mlp
-from kernels_pallas.expert_mlp import chunks, xla
+from kernels_pallas.expert_mlp import chunks, grouped, xla
+from kernels_pallas.expert_mlp.api import BACK_ENDS
+from kernels_pallas.grouped_gemm import xla as grouped_products
 
-IMPLEMENTATIONS = ["reference", "xla"]
+IMPLEMENTATIONS = ["reference", "xla", "grouped"]
 D, F = 6, 5
+
+
+@pytest.fixture(autouse=True)
+def grouped_without_a_kernel(monkeypatch):
+    """What "tpu" and "gpu" do around their kernels, around products that any device has."""
+    monkeypatch.setitem(BACK_ENDS, "grouped", grouped.Grouped(grouped_products))
 
 
 def index_of(name, rng):
@@ -83,6 +92,14 @@ def value_and_gradients(implementation, **options):
     return run
 
 
+def temporaries(implementation, **options):
+    """Bytes for the value and gradients of 4,096 tokens with four choices each."""
+    x, matrix, down = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4096, 32), (4, 32, 64), (4, 64, 32)))
+    index, weight = (jax.ShapeDtypeStruct((4096, 4), dtype) for dtype in (jnp.int32, jnp.float32))
+    run = value_and_gradients(implementation, **options).lower(x, index, weight, matrix, matrix, down, x)
+    return run.compile().memory_analysis().temp_size_in_bytes
+
+
 def as_float32(arrays):
     return [jnp.asarray(a, jnp.int32 if a.dtype == int else jnp.float32) for a in arrays]
 
@@ -96,36 +113,43 @@ def test_values_and_gradients(name, implementation):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_chunks_of_tokens_change_nothing(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "implementation"), [*((name, "xla") for name in CASES), ("experts that are not here", "grouped")]
+)
+def test_chunks_of_tokens_change_nothing(name, implementation, monkeypatch):
     monkeypatch.setattr(chunks, "ROWS", 3)
     arrays = inputs(name)
-    got = value_and_gradients("xla")(*as_float32(arrays))
+    got = value_and_gradients(implementation)(*as_float32(arrays))
     for actual, wanted in zip(got, expected(*arrays), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_chunks_keep_nothing_but_the_inputs(monkeypatch):
     """What the gradient of many tokens needs beside its arguments, by the compiler's count."""
-    x = jax.ShapeDtypeStruct((4096, 32), jnp.float32)
-    index, weight = jax.ShapeDtypeStruct((4096, 4), jnp.int32), jax.ShapeDtypeStruct((4096, 4), jnp.float32)
-    matrix, down = jax.ShapeDtypeStruct((4, 32, 64), jnp.float32), jax.ShapeDtypeStruct((4, 64, 32), jnp.float32)
-
-    def temporaries():
-        run = value_and_gradients("xla").lower(x, index, weight, matrix, matrix, down, x)
-        return run.compile().memory_analysis().temp_size_in_bytes
-
-    whole = temporaries()
+    whole = temporaries("xla")
     monkeypatch.setattr(chunks, "ROWS", 256)
-    assert temporaries() < 0.25 * whole
+    assert temporaries("xla") < 0.25 * whole
 
 
+@pytest.mark.parametrize("implementation", ["xla", "grouped"])
 @pytest.mark.parametrize("expected_choices", [1, 12, 60, 10**6])
-def test_any_number_of_expected_choices_is_exact(expected_choices):
+def test_any_number_of_expected_choices_is_exact(expected_choices, implementation):
     arrays = inputs("experts that are not here")
-    got = value_and_gradients("xla", expected_choices=expected_choices)(*as_float32(arrays))
+    got = value_and_gradients(implementation, expected_choices=expected_choices)(*as_float32(arrays))
     for actual, wanted in zip(got, expected(*arrays), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["a third to one expert, empty experts", "experts that are not here"])
+def test_choices_that_have_no_key_in_an_int32_are_sorted_alike(name, monkeypatch):
+    _, index, *_, down, _ = arrays = inputs(name)
+    by_key = xla.sort(jnp.asarray(index), len(down))
+    assert (len(down) + 1) * index.size <= xla.MOST_KEYS == jnp.iinfo(jnp.int32).max + 1
+    monkeypatch.setattr(xla, "MOST_KEYS", (len(down) + 1) * index.size - 1)
+    for got, wanted in zip(xla.sort(jnp.asarray(index), len(down)), by_key, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    for got, wanted in zip(value_and_gradients("xla")(*as_float32(arrays)), expected(*arrays), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_many_tokens_are_combined_in_parts(monkeypatch):
@@ -146,17 +170,17 @@ def test_work_is_done_for_the_expected_choices_only():
     assert flops(50) < 0.6 * flops(None)
 
 
-@pytest.mark.parametrize("rows", [3, 2048])
-def test_a_shard_of_experts_per_device_sums_to_the_whole(rows, monkeypatch):
-    """Inside shard_map with varying loads (overflow on some devices only) and the mesh's type checks on."""
+@pytest.mark.parametrize(("implementation", "rows"), [("xla", 3), ("xla", 2048), ("grouped", 2048)])
+def test_a_shard_of_experts_per_device_sums_to_the_whole(implementation, rows, monkeypatch):
+    """Inside shard_map with varying loads (overflow, or another round, on some devices only) and the mesh's type checks on."""
     monkeypatch.setattr(chunks, "ROWS", rows)
     x, index, weight, gate, up, down, dy = inputs("a third to one expert, empty experts")
     mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Explicit,))
 
     def local(x, index, weight, gate, up, down):
-        x, weight = (jax.lax.pcast(a, "expert", to="varying") for a in (x, weight))
         first = jax.lax.axis_index("expert") * gate.shape[0]
-        return jax.lax.psum(expert_mlp(x, index - first, weight, gate, up, down), "expert")
+        choices = {"expected_choices": index.size // 4, "implementation": implementation}
+        return jax.lax.psum(expert_mlp(x, index - first, weight, gate, up, down, **choices), "expert")
 
     @jax.jit
     def run(x, index, weight, gate, up, down, dy):
@@ -170,6 +194,26 @@ def test_a_shard_of_experts_per_device_sums_to_the_whole(rows, monkeypatch):
         got = run(*(jax.device_put(a, jax.NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)))
     for actual, wanted in zip(got, expected(x, index, weight, gate, up, down, dy), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_absent_experts_are_not_made():
+    """What the gradient of a shard needs beside its arguments, by the compiler's count: an eighth of the choices is expected."""
+    assert temporaries("grouped", expected_choices=2048) < 0.5 * temporaries("grouped")
+
+
+def test_the_kernels_of_tpus_are_called():
+    """On a simulated chip, in float32: some 10 terms a sum."""
+    arrays = inputs("experts that are not here")
+    with interpreted("tpu"):
+        got = jax.block_until_ready(value_and_gradients("tpu")(*as_float32(arrays)))
+    for actual, wanted in zip(got, expected(*arrays), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_kernels_of_hopper_are_called():
+    arrays = [a if a.dtype == jnp.int32 else a.astype(jnp.bfloat16) for a in as_float32(inputs("ordinary"))]
+    lowered = value_and_gradients("gpu").trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("mosaic_gpu") >= 9  # three products, and two gradients of each
 
 
 def test_under_scan_and_remat():
@@ -194,5 +238,7 @@ def test_refuses_what_does_not_fit():
         expert_mlp(x, index, weight[:, :1], gate, up, down)
     with pytest.raises(ValueError, match="integer indices"):
         expert_mlp(x, index.astype(jnp.float32), weight, gate, up, down)
-    with pytest.raises(Unsupported):
-        expert_mlp(x, index, weight, gate, up, down, implementation="tpu")  # pyright: ignore
+    with pytest.raises(Unsupported, match="no implementation 'cuda'; it has xla, tpu, gpu, reference"):
+        expert_mlp(x, index, weight, gate, up, down, implementation="cuda")  # pyright: ignore
+    with pytest.raises(Unsupported, match="takes bfloat16 or float16"):
+        expert_mlp(x, index, weight, gate, up, down, implementation="gpu")
