@@ -57,6 +57,6 @@ def _connect(*given) -> None:
     from experiments import peers
 
     peers.explain_abort(
-        lambda: "a process of this run did not come within 5 minutes; see there why, and start all again"
+        lambda: "not all processes of this run have come within 5 minutes; look at what they said, and start all again"
     )
     jax.distributed.initialize(*given)
