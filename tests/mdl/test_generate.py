@@ -16,20 +16,36 @@ from mdl.generate import Generator, bucket, check_prompts, power_of_two
 from mdl.pure import PureModel
 from mdl.sampling import Sampling, sample_tokens
 from mdl.sharding import MeshConfig
+from mdl.transformer import TransformerConfig
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+DENSE = dataclasses.replace(models.QWEN, moe=None, mtp=None)
+
+
+def sparse(**attention) -> TransformerConfig:
+    """Two layers."""
+    attention = dataclasses.replace(models.V32.attention, **attention)
+    return dataclasses.replace(models.V32, num_hidden_layers=2, attention=attention, moe=None, mtp=None)
+
+
 CONFIGS = {
     **models.CONFIGS,
     "v32_fp8": models.V32_FP8,
     "unrolled": dataclasses.replace(models.V3, scan_layers=False),
-    "dense": dataclasses.replace(models.QWEN, moe=None, mtp=None),
+    "dense": DENSE,
+    "sparse_window": sparse(index_window=2),
+    "sparse_gqa": sparse(dense=DENSE.attention, index_window=1),
+    "sparse_shared": sparse(indexer_types=("full", "shared"), indexer_rope_interleave=True),
 }
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, models.V, length).tolist() for length in (5, 20, 1, 12)]
 GREEDY = Sampling()
 # Half the time to compile, and nothing here runs long.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-all_configs = pytest.mark.parametrize("name", CONFIGS)
+SLOW = {"sparse_window"}
+all_configs = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CONFIGS]
+)
 
 
 @functools.cache
