@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from mdl.attention.dsa import DsaConfig
+from mdl.attention.gqa import GqaConfig
 from mdl.attention.mla import MlaConfig
 from mdl.rope import Llama3RopeConfig, YarnConfig
 
@@ -130,8 +131,29 @@ def mla_heads(x, p, c: MlaConfig):
     return heads, scale
 
 
-def mla(x, p, c: MlaConfig, keys=None):
-    heads, scale = mla_heads(x, p, c)
+def gqa_heads(x, p, c: GqaConfig, eps):
+    """The same; heads of a group share k and v."""
+    w = {name: value["weight"] for name, value in p.items()}
+
+    def prepared(a, norm):
+        if c.qk_norm:
+            a = rms_norm(a, w[norm], eps)
+        return np.stack([real(turned(a[t], t, c.rope, interleaved=False)) for t in range(len(a))])
+
+    heads = []
+    for head in range(c.num_attention_heads):
+        group = head * c.num_key_value_heads // c.num_attention_heads
+        q, k = prepared(x @ w["q_proj"][:, head], "q_norm"), prepared(x @ w["k_proj"][:, group], "k_norm")
+        heads.append((q, k, x @ w["v_proj"][:, group]))
+    return heads, c.head_dim**-0.5
+
+
+def heads_of(x, p, c, eps):
+    return mla_heads(x, p, c) if isinstance(c, MlaConfig) else gqa_heads(x, p, c, eps)
+
+
+def dense(x, p, c, eps, keys=None):
+    heads, scale = heads_of(x, p, c, eps)
     outputs = p["o_proj"]["weight"]
     return sum(attend(q, k, v, scale, keys) @ outputs[head] for head, (q, k, v) in enumerate(heads))
 
@@ -198,15 +220,13 @@ def keys_of(scores, c: DsaConfig):
 
 
 def dsa(x, p, c: DsaConfig, eps):
-    of_mla, of_gqa = functools.partial(mla, c=c.dense), functools.partial(gqa, c=c.dense, eps=eps)
-    dense = of_mla if isinstance(c.dense, MlaConfig) else of_gqa
-    return dense(x, p["dense"], keys=keys_of(index_scores(x, p, c, fp8=c.index_fp8), c))
+    return dense(x, p["dense"], c.dense, eps, keys_of(index_scores(x, p, c, fp8=c.index_fp8), c))
 
 
-def indexer_terms(x, p, c: DsaConfig):
+def indexer_terms(x, p, c: DsaConfig, eps):
     """Sums over the tokens of one document: KL of attention to the indexer (eqs. 3 and 4) and to uniform, and what share of the
     attention to all keys the selected ones hold."""
-    heads, scale = mla_heads(x, p["dense"], c.dense)
+    heads, scale = heads_of(x, p["dense"], c.dense, eps)
     scores, by = index_scores(x, p, c), index_scores(x, p, c, fp8=c.index_fp8)
     kl = uniform = recall = 0.0
     for t, (keys, best) in enumerate(zip(keys_of(by, c), chosen(by, c), strict=True)):
@@ -217,26 +237,8 @@ def indexer_terms(x, p, c: DsaConfig):
     return kl, uniform, recall
 
 
-def gqa(x, p, c, eps, keys=None):
-    w = {name: value["weight"] for name, value in p.items()}
-
-    def prepared(a, norm):
-        if c.qk_norm:
-            a = rms_norm(a, w[norm], eps)
-        return np.stack([real(turned(a[t], t, c.rope, interleaved=False)) for t in range(len(a))])
-
-    out = np.zeros_like(x)
-    for head in range(c.num_attention_heads):
-        group = head * c.num_key_value_heads // c.num_attention_heads
-        q, k = prepared(x @ w["q_proj"][:, head], "q_norm"), prepared(x @ w["k_proj"][:, group], "k_norm")
-        out += attend(q, k, x @ w["v_proj"][:, group], c.head_dim**-0.5, keys) @ w["o_proj"][head]
-    return out
-
-
 def attention(x, p, c, eps):
-    if isinstance(c, DsaConfig):
-        return dsa(x, p, c, eps)
-    return mla(x, p, c) if isinstance(c, MlaConfig) else gqa(x, p, c, eps)
+    return dsa(x, p, c, eps) if isinstance(c, DsaConfig) else dense(x, p, c, eps)
 
 
 # ---- mixture of experts

@@ -18,6 +18,7 @@ from models import (
     BATCH,
     FAST_COMPILE,
     FLOAT32,
+    QWEN,
     V32,
     V32_FP8,
     gradient_of,
@@ -201,11 +202,11 @@ def test_without_a_mistake_nothing_shows():
 
 # ---- one layer
 
-D, T = 16, 12
+D, T, EPS = 16, 12, 1e-6
 
 
 def with_random_parameters(config: DsaConfig, precision: PrecisionConfig = FLOAT32) -> Dsa:
-    module = config.build(D, eps=1e-6, init=Init(nnx.Rngs(0), 0.1, precision))
+    module = config.build(D, eps=EPS, init=Init(nnx.Rngs(0), 0.1, precision))
     return with_parameters(module, random_tree(nnx.to_pure_dict(nnx.state(module))))
 
 
@@ -252,8 +253,9 @@ def test_an_output_depends_on_its_own_token_and_the_selected_ones_only():
         (V32.attention, 4, 2),
         (V32.attention, 100, 0),
         (V32_FP8.attention, 4, 0),
+        (DsaConfig(dense=QWEN.attention, index_n_heads=2, index_head_dim=10), 4, 0),
     ],
-    ids=["one", "some", "window", "all", "fp8"],
+    ids=["one", "some", "window", "all", "fp8", "gqa"],
 )
 def test_what_an_indexer_reports_and_learns_from(attention, index_topk, index_window, warmup):
     """Values, and the gradient by central differences, against float64 NumPy; padding counts for nothing."""
@@ -271,7 +273,10 @@ def test_what_an_indexer_reports_and_learns_from(attention, index_topk, index_wi
 
     def expected(params):
         return np.sum(
-            [indexer_terms(x_TD[first:end].astype(np.float64), params, config) for first, end in ((0, 7), (7, 11))],
+            [
+                indexer_terms(x_TD[first:end].astype(np.float64), params, config, EPS)
+                for first, end in ((0, 7), (7, 11))
+            ],
             axis=0,
         )
 
