@@ -13,17 +13,19 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small_runs import CONFIG, ROOT, assert_same_run, checkpoint, copy, metrics
 
-from experiments import cli, convert, run
+from experiments import cli, convert, init_from, run
 from experiments.cli import load_config
 from experiments.config import ExperimentConfig
 from experiments.init_from import find_source
-from experiments.loading import LoadedModel, find_model
+from experiments.loading import LoadedModel, ModelSource, find_model
 from experiments.scoring import score
 from experiments.tokenizer import HfTokenizerConfig, Tokenizer, load_tokenizer
+from mdl.attention.dsa import DsaConfig
 from mdl.hf.safetensors import open_tensors
 from mdl.precision import PrecisionConfig
 from mdl.pure import PureModel
 from mdl.sharding import MeshConfig
+from mdl.transformer import TransformerConfig
 
 GOLDEN = ROOT / "tests" / "golden"
 FINETUNE = ROOT / "configs" / "finetune.py"
@@ -231,10 +233,48 @@ def test_from_a_converted_directory_that_kept_its_fp8(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+# ---- sparse attention
+
+DENSE = TransformerConfig(attention=DsaConfig().dense)
+MODELS = {
+    "dense": DENSE,
+    "warmup": dataclasses.replace(DENSE, attention=DsaConfig(warmup=True)),
+    "sparse": dataclasses.replace(DENSE, attention=DsaConfig()),
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "warns"),
+    [
+        (None, "sparse", True),
+        ("dense", "sparse", True),
+        ("warmup", "sparse", False),
+        ("sparse", "sparse", False),
+        (None, "warmup", False),
+        ("dense", "warmup", False),
+        (None, "dense", False),
+    ],
+)
+def test_indexers_that_were_never_warmed_up_are_named(source, model, warns, monkeypatch, capsys):
+    found = {
+        name: ModelSource(config, pathlib.Path(), lambda *_: pytest.fail("no array")) for name, config in MODELS.items()
+    }
+    monkeypatch.setattr(init_from, "find_model", lambda name, flag: found[name])
+    find_source(ExperimentConfig(init_from=source, model=MODELS[model]))
+    warning = (
+        f"warning: the indexers that choose keys have learnt nothing yet (init_from={source or 'none'}); first train them with "
+        "model.attention.warmup=true, and name that run in init_from\n"
+    )
+    told = "going on with other values than warmup: attention.warmup: true → false\n" if source == "warmup" else ""
+    assert capsys.readouterr().err == (warning if warns else told)
+
+
 # ---- the config
 
 
-@pytest.mark.parametrize("variant", ["deepseek_v3", "deepseek_v2_lite", "qwen3_moe", "qwen3_untied", "llama"])
+@pytest.mark.parametrize(
+    "variant", ["deepseek_v3", "deepseek_v2_lite", "deepseek_v32", "glm_moe_dsa", "qwen3_moe", "qwen3_untied", "llama"]
+)
 def test_the_config_for_every_family(variant, tmp_path):
     directory = with_tokenizer(variant, tmp_path / "hf")
     config = load_config(f"{FINETUNE}:{directory}", ExperimentConfig)
