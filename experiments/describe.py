@@ -37,3 +37,7 @@ def describe(config: ExperimentConfig, data: Data, mesh: Mesh, peak: Peak, say: 
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     say(f"devices: {mesh.devices.size} {mesh.devices.flat[0].device_kind} ({shape})")
     say(peak.line)
+    if config.model.moe and config.model.moe.router.forced_balance:
+        say(
+            "warning: model.moe.router.forced_balance sends tokens to experts in turn, not to those they fit; for benchmarks only"
+        )
