@@ -4,8 +4,9 @@ Without a config, the layers of the two small models that `benchmarks/rivals/tor
 `--config=FILE.py`, the layer of that model on a micro-batch of its training, and then its whole train step.
 
 Real routing (an untrained router's, on random rows) stands beside forced balance, and our expert products beside the same layer
-with `jax.lax.ragged_dot`, in turns. On several devices every transport is timed too, experts split over all of them;
-`JAX_NUM_CPU_DEVICES=8` in the environment makes eight of a CPU, which share its cores: then only traffic compares.
+with `jax.lax.ragged_dot` and, on TPU and GPU, with the kernels of `grouped_gemm`, in turns. On several devices every transport is
+timed too, experts split over all of them; `JAX_NUM_CPU_DEVICES=8` in the environment makes eight of a CPU, which share its cores:
+then only traffic compares.
 """
 
 import contextlib
@@ -28,6 +29,8 @@ from experiments.benches.report import BenchFlags, interleaved_seconds, report
 from experiments.cli import parse_argv, parse_flags
 from experiments.config import ExperimentConfig
 from experiments.errors import UserError
+from experiments.step import COMPILER_OPTIONS
+from kernels_pallas import Unsupported, expert_mlp
 from mdl import sharding
 from mdl.linear import Init
 from mdl.moe.dispatch import TransportConfig, check_platform
@@ -167,21 +170,21 @@ def measure_layers(layers: list[Layer], flags: MoeFlags) -> dict[str, Any]:
 
 
 def measure_products(layer: Layer, flags: MoeFlags) -> Iterator[Row]:
-    """On one device: a row for each routing, expert products and pass; of the rival maybe why it failed."""
+    """On one device: a row for each routing, expert products and pass; of other products maybe why they failed."""
     runs: dict[Any, Callable[[], Any]] = {}
     facts: dict[Any, Row] = {}
     with jax.set_mesh(MeshConfig().build(jax.devices()[:1])):
         for routing in ROUTINGS:
             passes, facts[routing, "ours"] = prepare(with_routing(layer, routing))
             runs |= {(routing, "ours", name): run for name, run in passes.items()}
-        if flags.ragged_dot:
+        for products, experts in others(flags).items():
             try:
-                with products_by_ragged_dot():
-                    passes, facts["real", "ragged_dot"] = prepare(layer)
+                with products_by(experts):
+                    passes, facts["real", products] = prepare(layer)
                 jax.block_until_ready([run() for run in passes.values()])
-                runs |= {("real", "ragged_dot", name): run for name, run in passes.items()}
-            except jax.errors.JaxRuntimeError as reason:  # it needs too much memory; ours are still to be measured
-                yield {**layer.case, "experts": "ragged_dot", "failed": _first_line(reason)}
+                runs |= {("real", products, name): run for name, run in passes.items()}
+            except (jax.errors.JaxRuntimeError, Unsupported) as reason:  # too much memory, or float32 on a GPU
+                yield {**layer.case, "experts": products, "failed": _first_line(reason)}
         times: dict[Any, float] = interleaved_seconds(runs, flags.repeats, limit=flags.limit_seconds)
     for (routing, products, name), seconds in times.items():
         rival = times.get(("real", "ragged_dot", name))
@@ -236,8 +239,9 @@ def prepare(layer: Layer) -> tuple[dict[str, Callable[[], Any]], Row]:
     """The two passes of a layer, compiled for the mesh in use, and what one of them counts."""
     init, forward, forward_and_backward = functions(layer)
     params, rest, x_BTD, dy_BTD = jax.jit(init)()
-    one_way = jax.jit(forward).lower(params, rest, x_BTD).compile()
-    both_ways = jax.jit(forward_and_backward).lower(params, rest, x_BTD, dy_BTD).compile()
+    options = COMPILER_OPTIONS.get(jax.default_backend())
+    one_way = jax.jit(forward).lower(params, rest, x_BTD).compile(options)
+    both_ways = jax.jit(forward_and_backward).lower(params, rest, x_BTD, dy_BTD).compile(options)
     load_E, traffic = jax.device_get(one_way(params, rest, x_BTD)[1])
     counted = {
         "busiest_over_mean": float(load_E.max() / load_E.mean()),
@@ -280,18 +284,18 @@ def functions(layer: Layer) -> tuple[Callable, Callable, Callable]:
 
 
 def measure_steps(config: ExperimentConfig, flags: MoeFlags) -> dict[str, Row]:
-    """The train step with real routing, with forced balance, and by ragged_dot, which may need more memory than there is."""
+    """The train step with real routing, with forced balance, and by other products, which may need more memory than there is."""
     layer = layer_of(config)
     rows: dict[str, Row] = {}
     for routing in ROUTINGS:
         moe = with_routing(layer, routing).moe
         rows[routing] = _step(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), flags)
-    if flags.ragged_dot:
+    for products, experts in others(flags).items():
         try:
-            with products_by_ragged_dot():
-                rows["real, ragged_dot"] = _step(config, flags)
-        except jax.errors.JaxRuntimeError as reason:  # the rival's trouble; ours were measured
-            rows["real, ragged_dot"] = {"failed": _first_line(reason)}
+            with products_by(experts):
+                rows[f"real, {products}"] = _step(config, flags)
+        except (jax.errors.JaxRuntimeError, Unsupported) as reason:  # their trouble; the run's own were measured
+            rows[f"real, {products}"] = {"failed": _first_line(reason)}
     real = rows["real"]["tokens_per_second"]
     return {
         name: {**row, "of_real": row["tokens_per_second"] / real} if "tokens_per_second" in row else row
@@ -311,12 +315,19 @@ def with_routing(layer: Layer, routing: str) -> Layer:
     return dataclasses.replace(layer, moe=dataclasses.replace(layer.moe, router=router))
 
 
+def others(flags: MoeFlags) -> dict[str, Callable]:
+    """What takes the place of `expert_mlp`: our kernels where this platform has them (no run takes them yet), and the rival."""
+    platform: Any = jax.default_backend()
+    kernels = {"kernels": functools.partial(expert_mlp, implementation=platform)} if platform in ("tpu", "gpu") else {}
+    return kernels | ({"ragged_dot": ragged_dot_experts} if flags.ragged_dot else {})
+
+
 @contextlib.contextmanager
-def products_by_ragged_dot() -> Iterator[None]:
-    """What is traced meanwhile has the rival's expert products."""
+def products_by(experts: Callable) -> Iterator[None]:
+    """What is traced meanwhile has these expert products."""
     jax.clear_caches()  # neither is what was traced with the one taken for the other
     try:
-        with mock.patch.object(importlib.import_module("mdl.moe.dispatch"), "expert_mlp", ragged_dot_experts):
+        with mock.patch.object(importlib.import_module("mdl.moe.dispatch"), "expert_mlp", experts):
             yield
     finally:
         jax.clear_caches()

@@ -101,9 +101,24 @@ def test_products_are_those_named():
     *arguments, _ = init()
 
     assert "ragged_dot" not in str(jax.make_jaxpr(forward)(*arguments))
-    with moe.products_by_ragged_dot():
+    with moe.products_by(moe.ragged_dot_experts):
         assert "ragged_dot" in str(jax.make_jaxpr(forward)(*arguments))
     assert "ragged_dot" not in str(jax.make_jaxpr(forward)(*arguments))
+
+
+def test_kernels_are_measured_where_there_are_any(monkeypatch):
+    """As if this were a GPU: the kernel's own refusal of float32 shows that the layer got there."""
+    flags = moe.LayerFlags(
+        hidden_size=(16,), moe_intermediate_size=(8,), batch=2, seq_len=4, repeats=1, ragged_dot=False
+    )
+    assert moe.others(flags) == {}
+    monkeypatch.setattr(moe.jax, "default_backend", lambda: "gpu")
+    others = moe.others(flags)
+    monkeypatch.undo()
+    monkeypatch.setattr(moe, "others", lambda flags: others)
+    monkeypatch.setattr(moe, "ROUTINGS", ())
+    failed = next(iter(moe.measure_products(flags.layers[0], flags)))
+    assert failed["experts"] == "kernels" and "gpu takes bfloat16 or float16" in failed["failed"]
 
 
 def test_a_layer_is_measured_without_a_rival_that_fails(monkeypatch):
