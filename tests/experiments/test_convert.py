@@ -46,6 +46,7 @@ FAMILIES = [
     "deepseek_v3_mtp",
     "deepseek_v3_yarn",
     "deepseek_v32",
+    "glm_moe_dsa",
     "llama",
     "qwen3_moe",
     "qwen3_untied",
