@@ -3,12 +3,14 @@
 import re
 import signal
 
+import pytest
 from small_runs import DENSE, assert_close_run, metrics, newest
 
 # What the CPU's collectives print of themselves, torn by their threads.
 GLOO = r"\[Gloo\]|Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is|[:\d\s]"
 
 
+@pytest.mark.slow  # test_faults.py has processes that go on as another number
 def test_one_run_on_eight_devices_then_four_then_one(home, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     done = 0

@@ -109,7 +109,7 @@ DRAWN = Sampling(temperature=0.9, top_k=20, top_p=0.9)
 @pytest.mark.parametrize(
     ("name", "sampling"),
     [
-        ("v3", GREEDY),
+        pytest.param("v3", GREEDY, marks=pytest.mark.slow),
         ("v3", DRAWN),
         pytest.param("v2", GREEDY, marks=pytest.mark.slow),
         pytest.param("qwen", DRAWN, marks=pytest.mark.slow),
@@ -174,7 +174,7 @@ MESHES = {
         pytest.param("v3", "rows", marks=pytest.mark.slow),
         ("v3", "expert_tensor"),
         pytest.param("qwen", "fsdp_tensor", marks=pytest.mark.slow),
-        ("v32_fp8", "expert_tensor"),
+        pytest.param("v32_fp8", "expert_tensor", marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_equal_one(name, mesh):
