@@ -147,7 +147,7 @@ class Checkpointer:
         except (OSError, ValueError, RuntimeError) as error:  # Orbax, TensorStore and XLA, when they cannot write
             self._report(step, error)
             return False
-        self._in_flight = (step, self._waiter.submit(self._manager.wait_until_finished))
+        self._in_flight = (step, self._waiter.submit(_finish, self._manager))
         return True
 
     def check(self, *, wait: bool = False) -> None:
@@ -198,6 +198,15 @@ class Checkpointer:
             raise UserError(self._failure) from error
         self._warn(self._failure)
         self._manager = self._open()
+
+
+def _finish(manager) -> None:
+    from experiments.backend import give_memory_back
+
+    try:
+        manager.wait_until_finished()
+    finally:
+        give_memory_back()
 
 
 def _rename_aside(root, steps: list[int]) -> None:

@@ -2,10 +2,11 @@
 
 import json
 import os
-import pathlib
+import subprocess
+import sys
 
 import pytest
-from small_runs import CONFIG, DENSE
+from small_runs import CONFIG, DENSE, ROOT
 
 from experiments import bench
 from experiments.benches.memory import Sample, figures, look
@@ -58,11 +59,33 @@ def test_a_short_run(home, tmp_path, monkeypatch):
         bench.main(["memory", *run, "--config.seed=1"])
 
 
+def test_holes_in_the_heap_are_given_back():
+    """200 MiB in pieces, of which the last, at the end of the heap, stays."""
+    code = """
+import ctypes, os
+from experiments.backend import give_memory_back, keep_memory
+from experiments.benches.memory import look
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+assert keep_memory()
+pieces = [libc.malloc(100_000) for _ in range(2098)]
+for piece in pieces:
+    ctypes.memset(piece, 1, 100_000)
+for piece in pieces[:-1]:
+    libc.free(piece)
+before = look(1, os.getpid()).rss_bytes
+give_memory_back()
+print(before - look(2, os.getpid()).rss_bytes)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and int(ended.stdout) > 150 << 20, ended.stdout + ended.stderr
+
+
 @pytest.mark.slow
 def test_ten_thousand_steps_of_tiny_dense(tmp_path):
     """As benchmarks/results/*_cpu_memory.json; 1 KiB a step would be a gigabyte in a million of them."""
     out = tmp_path / "result.json"
-    config = pathlib.Path(__file__).parents[2] / "configs" / "tiny_dense.py"
+    config = ROOT / "configs" / "tiny_dense.py"
     bench.main(["memory", f"--config={config}", f"--workdir={tmp_path / 'run'}", *LONG, f"--out={out}"])
     results = json.loads(out.read_text())["results"]
     assert results["samples"]["step"][-1] == 10_000
