@@ -34,9 +34,9 @@ Compute = Callable[[Rows], jax.Array]  # rows -> y_MD, zero for choices of other
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transport(abc.ABC):
-    num_parts: int = (
-        1  # parts of a device's tokens that do not wait for each other: one travels while another is computed
-    )
+    # Parts of a device's tokens that do not wait for each other: 2 lets one travel while the other is computed. Smaller products
+    # and as many more exchanges are the price; with 1 only shared experts are computed meanwhile.
+    num_parts: int = 1
 
     platforms: ClassVar[tuple[str, ...]] = ("cpu", "gpu", "tpu")  # as `jax.default_backend()` spells them
 

@@ -35,6 +35,7 @@ class Order(NamedTuple):
 
     token_M: jax.Array  # the token in each row; t for an empty row
     row_tX: jax.Array  # the row that goes to the owner of this choice; M where an earlier choice has it, or none
+    dropped_tX: jax.Array  # choices that found no room
     traffic: Traffic
 
     @classmethod
@@ -49,8 +50,8 @@ class Order(NamedTuple):
         token_M = jnp.full((num_rows,), num_tokens, jnp.int32)
         token_tX = jnp.arange(num_tokens, dtype=jnp.int32)[:, None].repeat(X, axis=1)
         token_M = token_M.at[row_tX].set(token_tX, mode="drop")
-        dropped = jnp.sum(here_tX & ~kept_tX, dtype=jnp.int32)
-        return cls(token_M, row_tX, Traffic(jnp.sum(moved_tX, dtype=jnp.int32), dropped))
+        dropped_tX = here_tX & ~kept_tX
+        return cls(token_M, row_tX, dropped_tX, Traffic(*(jnp.sum(a, dtype=jnp.int32) for a in (moved_tX, dropped_tX))))
 
     def take(self, x_tD: jax.Array) -> jax.Array:
         """The tokens in order, [M, D]; zeros in empty rows."""

@@ -36,7 +36,9 @@ TRANSPORTS = {
 # Room for equal loads, for some of the others not: then the layer makes room for all tokens.
 LITTLE = {
     "all_to_all, little room": AllToAllConfig(capacity_factor=1.0),
+    "all_to_all, little room, in parts": AllToAllConfig(capacity_factor=0.7, num_parts=2),
     "ragged, little room": EmulatedRaggedConfig(capacity_factor=0.7),
+    "ragged, in parts": EmulatedRaggedConfig(num_parts=2),
 }
 LIMITED = {
     "all_to_all": AllToAllConfig(capacity_factor=0.7, dropless=False),
