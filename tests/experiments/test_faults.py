@@ -147,31 +147,6 @@ def killed(run, other, workdir, name) -> int:
 
 
 @pytest.mark.slow
-def test_the_others_end_with_the_error_of_one_that_fails(two_processes, tmp_path):
-    fails = """
-from experiments.errors import UserError
-from experiments.feed import Feed
-next_batch, steps = Feed.next_batch, iter(range(12))
-def fail(self):
-    if next(steps, None) is None:
-        raise UserError("the disk of the corpus is gone")
-    return next_batch(self)
-Feed.next_batch = fail
-"""
-    for process in range(2):
-        workdir = tmp_path / str(process)
-        runs = two_processes(workdir, *DENSE, before=QUICK_BEATS, each={process: {"before": QUICK_BEATS + fails}})
-        ended = [run.end() for run in runs]
-        alone, other = ended[process], ended[1 - process]
-        assert (alone.code, other.code) == (2, GONE), ended
-        assert alone.stderr.splitlines()[-1] == "error: the disk of the corpus is gone"
-        assert other.stderr.splitlines()[-1] == (
-            f"error: process {process} ({socket.gethostname()}) failed: the disk of the corpus is gone; "
-            "the last complete checkpoint is of step 10; start all processes again to go on from there"
-        )
-
-
-@pytest.mark.slow
 def test_a_run_of_two_processes_ends_bit_for_bit_as_one_whose_processes_are_never_killed(two_processes, tmp_path):
     alone, workdir = tmp_path / "alone", tmp_path / "run"
     dense = [*DENSE, "--config.mesh.fsdp=2"]
