@@ -94,7 +94,7 @@ def test_the_numbers_are_those_of_the_reports():
     rows = {row(path) for path in reports if re.search(r"_\d+x\d+(x\d+)?$", path.stem)}
     lines = written.splitlines()
     assert set(lines) <= rows
-    for name in ("moe_1b", "deepseek_v3"):
+    for name in ("moe_1b", "deepseek_v2_lite", "deepseek_v3"):
         assert any(line.startswith(f"| `{name}` |") for line in lines)
 
 
