@@ -98,7 +98,7 @@ def products_during_exchanges(text):
 
 
 @needs_compilers
-@pytest.mark.parametrize("capacity_factor", [None, 1.25])
+@pytest.mark.parametrize("capacity_factor", [pytest.param(None, marks=pytest.mark.slow), 1.25])
 def test_one_part_travels_while_another_is_computed(capacity_factor):
     """The schedule for a TPU has products between the start and the end of an exchange, forward and backward."""
     transport = AllToAllConfig(capacity_factor=capacity_factor, num_parts=2)
