@@ -103,5 +103,21 @@ def test_one_may_end_long_before_another(start):
     assert [end(process) for process in start("1 ends")] == [(0, ""), (0, "")]
 
 
+def test_one_never_comes():
+    code = """
+import functools, jax
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, initialization_timeout=4)
+from experiments.distributed import DistributedFlags, initialize
+initialize(DistributedFlags(coordinator_address="localhost:0", num_processes=2, process_id=1))
+"""
+    with socket.socket() as nobody:
+        nobody.bind(("localhost", 0))
+        code = code.replace(":0", f":{nobody.getsockname()[1]}")
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert done.returncode == peers.GONE
+    assert done.stderr.splitlines()[-1].startswith("error: not all processes of this run have come within 5 minutes; ")
+
+
 if __name__ == "__main__":
     worker(*sys.argv[1:])
