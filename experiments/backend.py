@@ -36,14 +36,16 @@ def saying_choices(say: Callable[[str], None]) -> Iterator[None]:
     """Has `say` told which implementation each op takes, when it is first traced."""
     handler, logger = logging.Handler(), logging.getLogger("kernels_pallas")
     handler.emit = lambda record: say(record.getMessage())
-    level = logger.level
+    level, propagates = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # or a handler of the root logger, which some libraries install, says it once more
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+        logger.propagate = propagates
 
 
 def keep_memory() -> bool:
