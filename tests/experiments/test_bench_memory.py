@@ -45,6 +45,7 @@ def test_this_process_is_seen():
     assert after.rss_bytes - before.rss_bytes > 150 << 20 and after.open_files == before.open_files + 1
 
 
+@pytest.mark.slow
 def test_a_short_run(home, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("XDG_CACHE_HOME", str(home.cache))

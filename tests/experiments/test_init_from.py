@@ -181,6 +181,7 @@ def test_one_device_begins_as_eight_do(model, resting, home, tmp_path):
         np.testing.assert_allclose(line[name], other[name], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_goes_on_as_if_nothing_had_happened(finetune, tmp_path):
     source = with_tokenizer("qwen3_untied", tmp_path / "hf")
     steps = ("--config.train.num_steps=6", "--config.checkpoint.every=3", "--config.optim.learning_rate=1e-3")

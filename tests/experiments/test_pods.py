@@ -133,6 +133,7 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_slurm_and_going_on_by_other_means(launch):
     """The job script's command under what srun sets; then, with more steps, that of no cluster in the same directory."""
     script = re.search(r"#!/bin/bash\n#SBATCH.*?```", PAGE, flags=re.DOTALL)[0]

@@ -57,6 +57,7 @@ def test_times_of_steps_are_those_of_steps(uninterrupted):
     assert all(0 <= line["data_wait"] <= 1 for line in lines)
 
 
+@pytest.mark.slow  # test_step.py has accumulation
 def test_accumulation_averages_and_traces_change_no_loss(home, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     options = ("--config.train.grad_accum_steps=2", "--config.train.ema_decay=0.5", "--config.eval.batch_size=16")

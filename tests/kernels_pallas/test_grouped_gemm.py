@@ -154,7 +154,7 @@ def check_inside_shard_map(implementation):
         np.testing.assert_allclose(np.asarray(actual, np.float64), truth, rtol=2 * error, atol=50 * error)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"])
 def test_inside_shard_map(implementation):
     check_inside_shard_map(implementation)
 

@@ -208,7 +208,7 @@ def test_every_position_can_be_used():
 
 
 GOLDEN_VARIANTS = [
-    "deepseek_v3",
+    pytest.param("deepseek_v3", marks=pytest.mark.slow),
     pytest.param("deepseek_v3_yarn", marks=pytest.mark.slow),
     pytest.param("deepseek_v2_lite", marks=pytest.mark.slow),
     "deepseek_v32",
