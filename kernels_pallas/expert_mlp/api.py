@@ -70,9 +70,8 @@ def expert_mlp(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run(back_end, expected_choices, x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD):
     inputs = x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD
-    if (
-        back_end is xla and 0 < index_TX.size < gate_EDF.shape[0]
-    ):  # some experts stay idle, and no gradient is wanted here
+    # Some experts stay idle, and no gradient is wanted here.
+    if back_end is xla and 0 < index_TX.size < gate_EDF.shape[0]:
         return xla.forward_by_choice(*inputs)
     return _run_fwd(back_end, expected_choices, *inputs)[0]
 
