@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from experiments.benches.report import BenchFlags, interleaved_seconds, report
+from experiments.benches.report import interleaved_seconds, report
+from experiments.benches.shape_flags import ShapeFlags
 from experiments.cli import parse_flags
-from experiments.errors import UserError
 from kernels_pallas import Unsupported, flash_attention
 from kernels_pallas.flash_attention.api import BACK_ENDS
 from kernels_pallas.flash_attention.shapes import SHAPES, Shape
@@ -28,25 +28,12 @@ MAX_SCORES = 1 << 31  # of a rival that holds them all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlashAttentionFlags(BenchFlags):
+class FlashAttentionFlags(ShapeFlags):
     dtype: str = "float32"  # of operands
-    contains: str = ""  # leave out shapes without this in their name
-    max_gflop: float = 4  # leave out shapes that take more operations forward
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.shapes:
-            raise UserError(
-                f"--contains={self.contains} --max_gflop={self.max_gflop} leave no shape of {', '.join(SHAPES)}"
-            )
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        return {
-            name: shape
-            for name, shape in SHAPES.items()
-            if self.contains in name and shape.forward_flops <= 1e9 * self.max_gflop
-        }
+        return self.keep(SHAPES, lambda shape: shape.forward_flops)
 
 
 def main(argv: list[str]) -> None:

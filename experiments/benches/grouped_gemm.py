@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benches.experts import group_sizes
-from experiments.benches.report import BenchFlags, interleaved_seconds, report
+from experiments.benches.report import interleaved_seconds, report
+from experiments.benches.shape_flags import ShapeFlags
 from experiments.cli import parse_flags
-from experiments.errors import UserError
 from kernels_pallas import Unsupported, fp8
 from kernels_pallas.fp8_gemm import fp8_grouped_gemm
 from kernels_pallas.grouped_gemm.api import BACK_ENDS
@@ -26,27 +26,15 @@ Runs = dict[Any, Callable]  # by (product, who)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupedGemmFlags(BenchFlags):
+class GroupedGemmFlags(ShapeFlags):
     dtype: str = "bfloat16"  # of operands
-    contains: str = ""  # leave out shapes without this in their name
     max_gflop: float = 2500  # leave out shapes that take more operations a product
     ragged_dot: bool = True  # measure it too; outside TPUs it multiplies every row by every matrix
     fp8: bool = True  # measure the FP8 products too
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.shapes:
-            raise UserError(
-                f"--contains={self.contains} --max_gflop={self.max_gflop} leave no shape of {', '.join(SHAPES)}"
-            )
-
     @property
     def shapes(self) -> dict[str, Shape]:
-        return {
-            name: shape
-            for name, shape in SHAPES.items()
-            if self.contains in name and shape.flops <= 1e9 * self.max_gflop
-        }
+        return self.keep(SHAPES, lambda shape: shape.flops)
 
 
 def main(argv: list[str]) -> None:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from experiments.benches.report import BenchFlags, interleaved_seconds, report
+from experiments.benches.report import interleaved_seconds, report
+from experiments.benches.shape_flags import ShapeFlags
 from experiments.cli import parse_flags
-from experiments.errors import UserError
 from kernels_pallas import Mask, Unsupported
 from kernels_pallas.lightning_indexer import select_keys, to_fp8, topk
 from kernels_pallas.lightning_indexer.api import BACK_ENDS
@@ -25,25 +25,13 @@ from kernels_pallas.lightning_indexer.tiles import TiledMask, Tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectKeysFlags(BenchFlags):
+class SelectKeysFlags(ShapeFlags):
     dtypes: tuple[Literal["float32", "bfloat16", "fp8"], ...] = ("bfloat16", "fp8")  # of index queries and keys
-    contains: str = ""  # leave out shapes without this in their name
     max_gflop: float = 4  # leave out shapes whose scores take more operations
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.shapes:
-            raise UserError(
-                f"--contains={self.contains} --max_gflop={self.max_gflop} leave no shape of {', '.join(SHAPES)}"
-            )
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        return {
-            name: shape
-            for name, shape in SHAPES.items()
-            if self.contains in name and shape.score_flops <= 1e9 * self.max_gflop
-        }
+        return self.keep(SHAPES, lambda shape: shape.score_flops)
 
 
 def main(argv: list[str]) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.benches.report import BenchFlags, interleaved_seconds, report
+from experiments.benches.report import interleaved_seconds, report
+from experiments.benches.shape_flags import ShapeFlags
 from experiments.cli import parse_flags
-from experiments.errors import UserError
 from kernels_pallas import Unsupported, sparse_attention
 from kernels_pallas.sparse_attention.api import BACK_ENDS
 from kernels_pallas.sparse_attention.shapes import LATENT, SHAPES, Shape
@@ -23,25 +23,12 @@ SCALE = 192**-0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseAttentionFlags(BenchFlags):
+class SparseAttentionFlags(ShapeFlags):
     dtype: str = "bfloat16"  # of operands
-    contains: str = ""  # leave out shapes without this in their name
-    max_gflop: float = 4  # leave out shapes that take more operations forward
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.shapes:
-            raise UserError(
-                f"--contains={self.contains} --max_gflop={self.max_gflop} leave no shape of {', '.join(SHAPES)}"
-            )
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        return {
-            name: shape
-            for name, shape in SHAPES.items()
-            if self.contains in name and shape.forward_flops <= 1e9 * self.max_gflop
-        }
+        return self.keep(SHAPES, lambda shape: shape.forward_flops)
 
 
 def main(argv: list[str]) -> None:
