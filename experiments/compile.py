@@ -2,8 +2,8 @@
 
     python -m experiments.compile --config=configs/deepseek_v3.py --topology=v5p:8x8x8
 
-Topologies: TPUs by the chips along each axis of their torus (v5e:2x4, v6e:16x16, v5p:8x8x8, tpu7x:4x8x8), H200s by slices, hosts
-and GPUs of a host (h200:1x128x8). No parameter is made; large models take minutes. Exit code 1: the step does not fit.
+Topologies: TPUs by the chips along each axis of their torus (v5e:2x4, v6e:16x16, v5p:8x8x8, tpu7x:4x8x8), GPUs by slices, hosts and
+GPUs of a host (h100:1x8x8, h200:1x128x8). No parameter is made; large models take minutes. Exit code 1: the step does not fit.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from experiments.compilation.step import DoesNotFit, compile_step
 from experiments.config import ExperimentConfig
 from experiments.errors import UserError
 from kernels_pallas import aot
-from kernels_pallas.aot_cluster import Cluster, cluster
+from kernels_pallas.aot_cluster import CHIPS, Cluster, cluster
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def prepare(config: ExperimentConfig, topology: str) -> Cluster:
         raise UserError(str(error)) from error
     except ValueError as error:
         chip = topology.partition(":")[0]
-        near = "" if chip in aot.CHIPS else did_you_mean(chip, aot.CHIPS)
+        near = "" if chip in CHIPS else did_you_mean(chip, CHIPS)
         raise UserError(f"--topology={topology}: {error}{near}") from error
     config.check_training()
     config.check_mesh(len(devices), len({device.process_index for device in devices}), platform=devices[0].platform)

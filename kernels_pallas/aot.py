@@ -37,19 +37,24 @@ ENVIRONMENT = {
     "MOSAIC_GPU_DUMP_HOST_LLVM": "1",  # the launch, which carries the dynamic shared memory
 }
 
-# XLA's GpuTargetConfigProto.
-H200 = """
-gpu_device_info {
+
+def hopper(name: str, *, memory_rate: int, memory_bytes: int, cache_bytes: int) -> str:
+    """XLA's GpuTargetConfigProto of an SXM board of that generation: one processor beside several kinds of memory."""
+    return f"""
+gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98 device_memory_size: 150000000000
-  cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } runtime_version { major: 13 }
-device_description_str: "NVIDIA H200"
+  memory_bandwidth: {memory_rate} l2_cache_size: {cache_bytes} clock_rate_ghz: 1.98 device_memory_size: {memory_bytes}
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} runtime_version {{ major: 13 }}
+device_description_str: "{name}"
 """
+
+
+H200 = hopper("NVIDIA H200", memory_rate=4_800_000_000_000, memory_bytes=150_000_000_000, cache_bytes=62_914_560)
 
 
 class Unavailable(RuntimeError):  # noqa: N818 (says what is missing, not that something broke)

@@ -14,11 +14,13 @@ class ChipRates(NamedTuple):
 
 # TPU: docs.cloud.google.com/tpu/docs, "System architecture" of each generation (HBM capacity and bandwidth per chip; half of the
 # bidirectional inter-chip bandwidth). A tpu7x chip is two devices, which share its links.
-# H200: NVIDIA's data sheets of the H200 SXM (HBM3e; half of NVLink's 900 GB/s) and of the DGX H200 (a 400 Gb/s port per GPU).
+# H100, H200: NVIDIA's data sheets of the SXM boards (HBM3, HBM3e; half of NVLink's 900 GB/s), and of the DGX H100 and H200 (a
+# 400 Gb/s port per GPU).
 CHIP_RATES = {
     "v5e": ChipRates(16 * 2**30, 819e9, 200e9),
     "v5p": ChipRates(95 * 2**30, 2765e9, 600e9),
     "v6e": ChipRates(32 * 2**30, 1638e9, 400e9),
     "tpu7x": ChipRates(192 * 2**30 / 2, 7380e9 / 2, 600e9 / 2),
+    "h100": ChipRates(80e9, 3350e9, 450e9, 50e9),
     "h200": ChipRates(141e9, 4800e9, 450e9, 50e9),
 }

@@ -14,7 +14,7 @@ from experiments.compilation.collectives import Traffic, collectives
 from experiments.compilation.describe import amount
 from experiments.compilation.hlo import Program
 from experiments.compilation.roofline import roofline
-from kernels_pallas import aot
+from kernels_pallas.aot_cluster import CHIPS
 
 # As XLA:TPU writes it: a loop whose length stands in its condition, a product that is a convolution, and an all-gather that
 # three fusions carry in turn.
@@ -192,9 +192,9 @@ def test_roofline():
 
 
 def test_every_chip_has_its_rates():
-    assert set(CHIP_RATES) == set(aot.CHIPS)
+    assert set(CHIP_RATES) == set(CHIPS)
     for name, rates in CHIP_RATES.items():
-        assert (rates.network_rate is None) == (aot.CHIPS[name].platform == "tpu")
+        assert (rates.network_rate is None) == (CHIPS[name].platform == "tpu")
 
 
 def test_amounts():

@@ -7,8 +7,10 @@ import pytest
 
 from experiments import compile as command
 from experiments.compilation import step
+from experiments.compilation.chips import CHIP_RATES
 from experiments.compilation.step import DoesNotFit
 from experiments.errors import UserError
+from experiments.peak_flops import peak_flops
 from kernels_pallas import aot
 from kernels_pallas.aot_cluster import cluster
 
@@ -111,10 +113,11 @@ def test_what_does_not_fit_is_one_line_and_exit_code_1(monkeypatch, capsys, tmp_
     [
         (
             ["--topology=v5:2x4"],
-            r"--topology=v5:2x4: no chip 'v5'; there are v5e, v5p, v6e, tpu7x, h200 \(did you mean",
+            r"--topology=v5:2x4: no chip 'v5'; there are v5e, v5p, v6e, tpu7x, h200, h100 \(did you mean",
         ),
         (["--topology=v5p:8x8"], "v5p takes chips along each axis, such as v5p:2x2x1$"),
         (["--topology=v5e:2x0"], "v5e takes chips along each axis, such as v5e:2x2"),
+        (["--topology=h100:8"], "h100 takes slices x hosts x GPUs of a host, such as h100:1x1x1"),
         (["--topology=h200"], "h200 takes slices x hosts x GPUs of a host, such as h200:1x1x1"),
         (["--topology=v5e:2x4", "--out=/no/such/folder/out.json"], "--out=/no/such/folder/out.json: no such directory"),
         ([], "--topology is required"),
@@ -138,6 +141,17 @@ def test_bad_input_is_refused_in_one_line(argv, message):
 def test_what_cannot_be_trained_there_is_refused_before_compiling(argv, message):
     with pytest.raises(UserError, match=message):
         command.main(["--config=configs/tiny.py", *argv])
+
+
+@needs_compilers
+def test_an_h100_is_an_h200_with_less_memory():
+    h100, h200 = (cluster(f"{name}:1x2x8") for name in ("h100", "h200"))
+    assert len(h100.devices) == len(h200.devices) == 16 and h100.devices_per_host == 8
+    kinds = [each.devices[0].device_kind for each in (h100, h200)]
+    assert kinds == ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
+    assert [peak_flops(kind) for kind in kinds] == [989.4e12] * 2
+    less, more = CHIP_RATES["h100"], CHIP_RATES["h200"]
+    assert less.hbm_bytes < more.hbm_bytes and less.hbm_rate < more.hbm_rate and less[2:] == more[2:]
 
 
 def test_missing_compilers_are_named(monkeypatch):
