@@ -74,8 +74,9 @@ class Run:
         before="",
         root=ROOT,
         variables=None,
+        timeout=TIMEOUT_SECONDS,
     ):
-        """before: Python that the process runs first. root: the tree whose code it runs."""
+        """before: Python that the process runs first. root: the tree whose code it runs. timeout: when it is killed, in seconds."""
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
@@ -94,7 +95,7 @@ class Run:
             self.process = subprocess.Popen(
                 command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
             )
-        self._guard = threading.Timer(TIMEOUT_SECONDS, self.process.kill)
+        self._guard = threading.Timer(timeout, self.process.kill)
         self._guard.start()
         fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
         self._read = ""

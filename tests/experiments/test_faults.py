@@ -208,8 +208,7 @@ def test_a_hundred_kills(home, tmp_path):
     kills = int(os.environ.get("MDL_TEST_KILLS", "100"))
     length = f"--config.train.num_steps={20 * kills + 40}", "--config.eval.every=1000"
     alone, workdir = tmp_path / "alone", tmp_path / "run"
-    with home.start(alone, *length) as run:
-        assert run.end().code == 0
+    home.run(alone, *length, timeout=3600)
     starting = saving = 0
     for kill in range(kills):
         rng = random.Random(kill)
@@ -226,7 +225,7 @@ def test_a_hundred_kills(home, tmp_path):
         starting += "\nstep " not in ended.stdout
         saving += bool(list(workdir.glob("checkpoints/*tmp*")))
     print(f"{kills} kills: {starting} before the first step, {saving} while a checkpoint was written")
-    home.run(workdir, *length)
+    home.run(workdir, *length, timeout=3600)
     assert_same_run(workdir, alone)
 
 
