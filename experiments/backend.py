@@ -10,10 +10,20 @@ from collections.abc import Callable, Iterator
 import jax
 
 from experiments.data.cache import default_cache_dir
-from experiments.environment import warn_of_unused_chips
+from experiments.environment import Environment, warn_of_unused_chips
 
 # glibc's mallopt parameters, from malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+
+
+def set_up_memory() -> None:
+    """To be called by an entry point that saves checkpoints, before JAX starts its threads: later there is more than one heap.
+
+    glibc gives each of the first threads a heap of its own, and later ones, such as those that write a checkpoint, any of these
+    in turn. What lies free in one heap is of no use to another: all of them grow, a little with every save.
+    """
+    if Environment.find().leaves_only_cpu:
+        keep_memory()
 
 
 def set_up_backend() -> None:

@@ -46,6 +46,11 @@ class Environment:
             num_tpus=sum(_read(each / "vendor") == _GOOGLE and _read(each / "device") in _TPUS for each in devices),
         )
 
+    @property
+    def leaves_only_cpu(self) -> bool:
+        """Whether JAX can choose nothing but the CPU."""
+        return self.variables.get("JAX_PLATFORMS", "").lower() == "cpu" or not (self.num_gpus or self.num_tpus)
+
 
 def why_only_cpu(machine: Environment) -> str | None:
     """Why JAX computes on the CPU of a machine with chips, and what mends it; None if the machine has no chips."""

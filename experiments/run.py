@@ -25,6 +25,9 @@ class RunFlags(DistributedFlags):
 def main(argv: list[str]) -> int:
     config, flags = parse_argv(argv, RunFlags, ExperimentConfig)
     config.check_training()
+    from experiments.backend import set_up_memory
+
+    set_up_memory()
     initialize(flags)
     from experiments import agreement, peers
     from experiments.resume import what_remains

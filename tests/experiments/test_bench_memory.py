@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from small_runs import CONFIG, DENSE, ROOT
+from small_runs import CONFIG, DENSE, ROOT, TIMEOUT_SECONDS
 
 from experiments import bench
 from experiments.benches.memory import Sample, figures, look
@@ -80,6 +80,32 @@ print(before - look(2, os.getpid()).rss_bytes)
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0 and int(ended.stdout) > 150 << 20, ended.stdout + ended.stderr
+
+
+def test_a_run_has_one_heap(tmp_path):
+    """Threads of their own heaps would be those of JAX, which start with its devices, and those that write checkpoints."""
+    code = """
+import ctypes, sys, threading
+import jax
+import experiments.train
+def train(config, workdir):
+    jax.devices()
+    threads = [threading.Thread(target=bytearray, args=[100_000]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    libc = ctypes.CDLL(None)
+    libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+    libc.fflush(None)
+    return 0
+experiments.train.train = train
+from experiments.run import main
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", code, f"--config={ROOT / 'configs' / 'tiny_dense.py'}", f"--workdir={tmp_path}"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert ended.returncode == 0 and ended.stdout.count("<heap nr=") == 1, ended.stdout + ended.stderr
 
 
 @pytest.mark.slow
