@@ -161,6 +161,13 @@ def test_an_empty_machine(tmp_path):
     assert numbers(found.versions["jaxlib"]) >= (0, 10, 2)
 
 
+def test_where_jax_can_choose_the_cpu_alone():
+    assert BARE.leaves_only_cpu
+    assert not CUDA.leaves_only_cpu and not machine(BARE, num_tpus=4).leaves_only_cpu
+    assert machine(CUDA, variables={"JAX_PLATFORMS": "cpu"}).leaves_only_cpu
+    assert not machine(CUDA, variables={"JAX_PLATFORMS": "cuda,cpu"}).leaves_only_cpu
+
+
 def test_it_is_said_once(monkeypatch, capsys):
     environment.warn_of_unused_chips.cache_clear()
     monkeypatch.setattr(Environment, "find", lambda: machine(CUDA, variables={"JAX_PLATFORMS": "cpu"}))
