@@ -216,7 +216,7 @@ def test_a_hundred_kills(home, tmp_path):
             if kill % 4 == 0:
                 time.sleep(rng.uniform(0, 10))  # starting, restoring, compiling
             else:
-                for _ in range(rng.randint(1, 12)):
+                for _ in range(rng.randint(1, 45)):  # a checkpoint is complete before the one of ten steps later begins
                     run.wait_for(r"^step +\d+/")
                 time.sleep(rng.uniform(0, 0.1))
             run.signal(signal.SIGKILL)
@@ -224,7 +224,9 @@ def test_a_hundred_kills(home, tmp_path):
             assert ended.code == -signal.SIGKILL, ended.stderr
         starting += "\nstep " not in ended.stdout
         saving += bool(list(workdir.glob("checkpoints/*tmp*")))
-    print(f"{kills} kills: {starting} before the first step, {saving} while a checkpoint was written")
+    step = int(newest(workdir).name.removeprefix("step_"))
+    print(f"{kills} kills: {starting} before the first step, {saving} while a checkpoint was written; the last one is of step {step}")
+    assert step > kills
     home.run(workdir, *length, timeout=3600)
     assert_same_run(workdir, alone)
 
