@@ -225,7 +225,9 @@ def test_a_hundred_kills(home, tmp_path):
         starting += "\nstep " not in ended.stdout
         saving += bool(list(workdir.glob("checkpoints/*tmp*")))
     step = int(newest(workdir).name.removeprefix("step_"))
-    print(f"{kills} kills: {starting} before the first step, {saving} while a checkpoint was written; the last one is of step {step}")
+    print(
+        f"{kills} kills: {starting} before the first step, {saving} while a checkpoint was written; the last is of step {step}"
+    )
     assert step > kills
     home.run(workdir, *length, timeout=3600)
     assert_same_run(workdir, alone)
