@@ -224,7 +224,7 @@ def test_a_hundred_kills(home, tmp_path):
             assert ended.code == -signal.SIGKILL, ended.stderr
         starting += "\nstep " not in ended.stdout
         saving += bool(list(workdir.glob("checkpoints/*tmp*")))
-    step = int(newest(workdir).name.removeprefix("step_"))
+    step = saved_steps(workdir / "checkpoints")[-1]
     print(
         f"{kills} kills: {starting} before the first step, {saving} while a checkpoint was written; the last is of step {step}"
     )
