@@ -9,12 +9,18 @@ import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from experiments.errors import UserError
 
+if TYPE_CHECKING:
+    from etils import epath
+
+    File = pathlib.Path | epath.Path  # on a disk, or in an object store
+
 Split = Literal["train", "validation"]
 _HASH_RANGE = 2**64
+_STORES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # object stores that fsspec reads, and with which package
 
 
 class Document(NamedTuple):
@@ -60,7 +66,7 @@ class FileSource:
         validation_paths: tuple[str, ...],
         validation_fraction: float,
         settings: Any,
-        read_file: Callable[[pathlib.Path], Iterator[Document]],
+        read_file: Callable[[File], Iterator[Document]],
     ):
         """`settings` are the other fields of the config: what else decides about the documents. JSON-serialisable."""
         held_out = find_files("validation_paths", validation_paths) if validation_paths else []
@@ -95,24 +101,53 @@ def check_fraction(fraction: float) -> None:
         raise UserError(f"data.source.validation_fraction={fraction}: must be at least 0 and below 1")
 
 
-def find_files(field: str, patterns: Sequence[str]) -> list[pathlib.Path]:
+def find_files(field: str, patterns: Sequence[str]) -> list[File]:
     """Files that the globs match, sorted, each once. UserError for a pattern that matches none."""
     if isinstance(patterns, str) or not patterns:
         raise UserError(f"data.source.{field}={patterns!r}: give a tuple of one or more files or globs")
-    found = set()
+    found: set[File] = set()
     for pattern in patterns:
-        matches = map(pathlib.Path, glob.glob(str(pathlib.Path(pattern).expanduser()), recursive=True))
-        files = {path.absolute() for path in matches if path.is_file()}
+        if "://" in pattern:
+            files = _find_in_store(field, pattern)
+        else:
+            matches = map(pathlib.Path, glob.glob(str(pathlib.Path(pattern).expanduser()), recursive=True))
+            files = {path.absolute() for path in matches if path.is_file()}
         if not files:
             raise UserError(f"data.source.{field}={pattern!r}: no such file (the pattern matches nothing)")
         found |= files
     return sorted(found)
 
 
-def file_identity(path: pathlib.Path) -> list[Any]:
+def _find_in_store(field: str, url: str) -> set[File]:
+    """Files of an object store that a glob matches."""
+    scheme = url.partition("://")[0]
+    said = f"data.source.{field}={url!r}"
+    if scheme not in _STORES:
+        raise UserError(f"{said}: files lie on disks or in {', '.join(f'{each}://' for each in _STORES)}")
+    import fsspec
+    from etils import epath
+
+    try:
+        store, pattern = fsspec.url_to_fs(url)
+        matches = store.glob(pattern, detail=True)
+    except ImportError as error:
+        package = _STORES[scheme]
+        raise UserError(f"{said}: needs {package}, which is not installed; run `pip install {package}`") from error
+    except Exception as error:  # each store has its own for what it refuses
+        raise UserError(f"{said}: {type(error).__name__}: {error}") from error
+    files = [name for name, info in matches.items() if info["type"] == "file"]
+    return {epath.Path(f"{scheme}://{name.removeprefix('/')}") for name in files}
+
+
+def file_identity(path: File) -> list[Any]:
     """Changes when the file is replaced or written to."""
-    stat = path.stat()
-    return [str(path), stat.st_size, stat.st_mtime_ns]
+    if isinstance(path, pathlib.Path):
+        stat = path.stat()
+        return [str(path), stat.st_size, stat.st_mtime_ns]
+    import fsspec
+
+    store, name = fsspec.url_to_fs(str(path))
+    return [str(path), store.checksum(name)]
 
 
 @functools.cache

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from experiments.data.documents import Document, FileSource, check_fraction, warn_once
 from experiments.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.data.documents import File
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextFilesConfig:
     """UTF-8 text files, one document each unless a separator cuts them."""
 
-    paths: tuple[str, ...]  # files and globs (** goes into folders)
+    paths: tuple[str, ...]  # files and globs (** goes into folders), of gs:// and s3:// too
     separator: str | None = None  # cut files into documents after each occurrence of this text
     validation_paths: tuple[str, ...] = ()  # files to hold out; without, documents are held out by hash
     validation_fraction: float = 0.05  # share of documents to hold out by hash
@@ -34,7 +37,7 @@ class TextFilesConfig:
         return FileSource(self.paths, self.validation_paths, self.validation_fraction, settings, read)
 
 
-def _read_text(path: pathlib.Path, *, separator: str | None, skip_bad: bool) -> Iterator[Document]:
+def _read_text(path: File, *, separator: str | None, skip_bad: bool) -> Iterator[Document]:
     try:
         text = path.read_bytes().decode()  # read_text would translate line ends
     except UnicodeDecodeError as error:
@@ -58,7 +61,7 @@ def _read_text(path: pathlib.Path, *, separator: str | None, skip_bad: bool) -> 
 class JsonlConfig:
     """Files with one JSON object a line."""
 
-    paths: tuple[str, ...]  # files and globs
+    paths: tuple[str, ...]  # files and globs, of gs:// and s3:// too
     text_field: str = "text"  # the field that holds a document
     validation_paths: tuple[str, ...] = ()  # files to hold out; without, documents are held out by hash
     validation_fraction: float = 0.05  # share of documents to hold out by hash
@@ -74,10 +77,10 @@ class JsonlConfig:
         return FileSource(self.paths, self.validation_paths, self.validation_fraction, settings, read)
 
 
-def _read_jsonl(path: pathlib.Path, *, field: str, skip_bad: bool) -> Iterator[Document]:
+def _read_jsonl(path: File, *, field: str, skip_bad: bool) -> Iterator[Document]:
     skipped = 0
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from experiments.data.documents import Document, FileSource, check_fraction
 from experiments.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.data.documents import File
 
 _BATCH = 256  # records read at a time
 
@@ -17,7 +20,7 @@ _BATCH = 256  # records read at a time
 class ParquetConfig:
     """Parquet files, one document a row."""
 
-    paths: tuple[str, ...]  # files and globs
+    paths: tuple[str, ...]  # files and globs, of gs:// and s3:// too
     column: str = "text"  # the column that holds the documents
     validation_paths: tuple[str, ...] = ()  # files to hold out; without, documents are held out by hash
     validation_fraction: float = 0.05  # share of documents to hold out by hash
@@ -32,12 +35,12 @@ class ParquetConfig:
         return FileSource(self.paths, self.validation_paths, self.validation_fraction, settings, read)
 
 
-def _read_parquet(path: pathlib.Path, *, column: str) -> Iterator[Document]:
+def _read_parquet(path: File, *, column: str) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise UserError(f"{path}: no column {column!r}; set data.source.column to one of {names}")
@@ -64,6 +67,11 @@ class ArrayRecordConfig:
 
     def __post_init__(self):
         check_fraction(self.validation_fraction)
+        for path in (*self.paths, *self.validation_paths):
+            if "://" in path:
+                raise UserError(
+                    f"data.source.paths={path!r}: ArrayRecord files are read from disks; copy or mount them"
+                )
 
     def build(self) -> FileSource:
         """UserError if a pattern matches nothing."""
@@ -73,7 +81,7 @@ class ArrayRecordConfig:
         )
 
 
-def _read_array_record_texts(path: pathlib.Path) -> Iterator[Document]:
+def _read_array_record_texts(path: File) -> Iterator[Document]:
     for number, record in enumerate(read_array_record(path)):
         try:
             yield Document(f"{path}#{number}", record.decode())
@@ -81,7 +89,7 @@ def _read_array_record_texts(path: pathlib.Path) -> Iterator[Document]:
             raise UserError(f"{path}: record {number} is not UTF-8 text (byte {error.start})") from error
 
 
-def read_array_record(path: pathlib.Path, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+def read_array_record(path: File, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
     """Records start to stop of a file in order, whatever its group size; UserError if it cannot be read."""
     from array_record.python.array_record_module import ArrayRecordReader
 

@@ -1,5 +1,7 @@
-"""Checkpoints in gs://: Orbax, TensorStore and gcsfs with a store on this machine that answers over HTTP as Google's does."""
+"""Corpus and checkpoints in gs://: Orbax, TensorStore and gcsfs with a store on this machine that answers as Google's does."""
 
+import dataclasses
+import glob
 import os
 import pathlib
 import re
@@ -33,7 +35,11 @@ def store(tmp_path):
                 break
         time.sleep(0.1)
     url = f"http://localhost:{port}"
-    yield {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GCE_METADATA_HOST": f"localhost:{port}"}
+    yield {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # or it asks Google for the kind of each bucket
+    }
     server.kill()
     server.wait()
 
@@ -41,6 +47,9 @@ def store(tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_a_bucket(home, store, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
+    put = "import gcsfs, sys; gcsfs.GCSFileSystem().put(sys.argv[1:], 'bucket/corpus/')"
+    subprocess.run([sys.executable, "-c", put, *glob.glob(home.corpus)], env=os.environ | store, check=True)
+    home = dataclasses.replace(home, corpus="gs://bucket/corpus/*.txt")
     directory = "--config.checkpoint.directory=gs://bucket/runs/one"
     with home.start(workdir, directory, variables=store) as run:
         run.wait_for_step(25)
