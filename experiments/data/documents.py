@@ -115,7 +115,7 @@ def find_files(field: str, patterns: Sequence[str]) -> list[File]:
         if not files:
             raise UserError(f"data.source.{field}={pattern!r}: no such file (the pattern matches nothing)")
         found |= files
-    return sorted(found)
+    return sorted(found, key=lambda path: (not isinstance(path, pathlib.Path), path))  # disks first, on every Python
 
 
 def _find_in_store(field: str, url: str) -> set[File]:

@@ -72,6 +72,14 @@ def test_the_same_documents_as_from_a_disk(kind, bucket, texts, tmp_path):
     assert name.startswith("s3://bucket/corpus/")
 
 
+def test_disks_come_first(bucket, texts, tmp_path):
+    stored, there = (write(folder, "text", texts[:2]).paths[0] for folder in (bucket, tmp_path))
+    names = [
+        each.name for each in documents(TextFilesConfig(paths=(stored, there), validation_fraction=0).build(), "train")
+    ]
+    assert names == [f"{folder}/0{number}.txt" for folder in (tmp_path, bucket) for number in range(2)]
+
+
 def test_identity_follows_the_content(bucket, texts):
     config = write(bucket, "text", texts)
     before = config.build().identity
