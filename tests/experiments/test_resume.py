@@ -5,7 +5,6 @@ import random
 import signal
 import time
 
-import pytest
 from small_runs import assert_same_run, copy, metrics, newest
 
 
