@@ -18,7 +18,7 @@ from experiments.errors import UserError
 
 _OWN = ("--out", "--plot", "--every", "--help")
 _SETTLED = 0.2  # share of a run after which it must be flat: by then everything is compiled, evaluated and saved once
-_WINDOWS = 8  # parts of the rest, in each of which memory that comes and goes is gone once
+_WINDOWS = 8  # parts of the rest, in each of which what comes or goes for a while is the lesser part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,16 +77,15 @@ def look(step: int, pid: int) -> Sample:
 def figures(samples: list[Sample]) -> dict[str, Any]:
     """The samples by column, and how much grows in a step: slopes of straight lines through all but the first fifth.
 
-    That of memory goes through the least of each eighth: evaluations take some for a while, and an array that moves within the
-    heap leaves its pages behind until the next save.
+    That of memory goes through the medians of its eighths: evaluations take some for a while, and saves give some back for a while.
     """
     if len(samples) < 2 * _WINDOWS:
         raise UserError(f"{len(samples)} samples say nothing: raise --config.train.num_steps or lower --every")
     settled = np.array([each for each in samples if each.step > _SETTLED * samples[-1].step], float)
     step, rss, files = settled.T
-    least = [window[np.argmin(window[:, 1])] for window in np.array_split(settled, _WINDOWS)]
+    middle = np.array([np.median(window, axis=0) for window in np.array_split(settled, _WINDOWS)])
     return {
-        "rss_bytes_per_step": float(np.polyfit([each[0] for each in least], [each[1] for each in least], 1)[0]),
+        "rss_bytes_per_step": float(np.polyfit(middle[:, 0], middle[:, 1], 1)[0]),
         "open_files_per_step": float(np.polyfit(step, files, 1)[0]),
         "settled_after_step": int(step[0]),
         "rss_bytes_settled": {"least": int(rss.min()), "most": int(rss.max())},

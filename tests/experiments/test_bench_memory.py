@@ -12,8 +12,8 @@ from experiments import bench
 from experiments.benches.memory import Sample, figures, look
 from experiments.errors import UserError
 
-# The run of benchmarks/results: tiny_dense at a quarter of its width, whose steps take milliseconds, with everything else that
-# a run does now and then.
+# The run of benchmarks/results at a quarter of its width, whose steps take milliseconds, with everything else that a run does now
+# and then.
 LONG = (
     "--config.model.hidden_size=64",
     "--config.model.mlp.intermediate_size=176",
