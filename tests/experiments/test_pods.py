@@ -11,6 +11,7 @@ import pytest
 from small_runs import CONFIG, DENSE, ROOT, metrics, newest, write_corpus
 
 from experiments.cli import parse_argv
+from experiments.compilation.chips import CHIP_RATES
 from experiments.compile import CompileFlags
 from experiments.config import ExperimentConfig
 from experiments.run import RunFlags
@@ -111,6 +112,12 @@ def test_every_report_is_a_row_of_the_table(path):
 def test_every_row_of_the_table_is_that_of_a_report():
     lines = table()
     assert sorted(lines) == sorted(map(row, REPORTS))
+
+
+@pytest.mark.parametrize("name", ["moe_1b", "deepseek_v2_lite"])
+def test_the_table_has_rows_for_every_chip(name):
+    chips = re.findall(rf"^\| `{name}` \| `(\w+):", PAGE, flags=re.MULTILINE)
+    assert set(chips) == set(CHIP_RATES)
 
 
 # --- the launch commands, as processes -------------------------------------------------------------------------------------------
