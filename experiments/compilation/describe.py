@@ -36,11 +36,13 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         network = f", {amount(line['network_bytes'])}B by network" if line["network_bytes"] else ""
         group = f"{line['group']} devices{spread}"
         yield f"  {line['kind']:20} {group:26} {line['count']:>9,} times  {amount(line['bytes']):>9}B{network}"
+    silent = f"; products of {flops['silent_kernels']:,} runs of kernels not counted" if flops["silent_kernels"] else ""
     compiler = "none given" if flops["compiler"] is None else amount(flops["compiler"])
     yield (
         f"FLOPs        {amount(flops['model'])} of the model, {amount(flops['program'])} of the program's matrix products "
         f"({flops['program'] / flops['model']:.2f}x; {flops['loops_of_unknown_length']} loops of unknown length counted once, "
-        f"the lighter branch of {flops['conditionals']} conditionals); "
+        f"the lighter branch of {flops['conditionals']} conditionals"
+        f"{silent}); "
         f"the compiler's count with every loop once: {compiler}"
     )
     yield f"memory read and written  {amount(found['memory_bytes'])}B"

@@ -49,6 +49,7 @@ def figures(config: ExperimentConfig, cluster: Cluster, step: CompiledStep) -> d
         "flops": {
             "model": model_flops,  # by formula, recomputation left out
             "program": program_flops,  # matrix products of the compiled text, loops multiplied out
+            "silent_kernels": program.silent_kernels,  # runs of kernels whose products are not in it
             "compiler": step.flops_once,  # as the compiler counts: every loop once
             "loops_of_unknown_length": len(program.unknown_loops),  # counted once
             "conditionals": len(program.conditionals),  # the branch with the least products is counted

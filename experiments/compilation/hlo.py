@@ -75,6 +75,17 @@ class Instruction:
     def numbers(self, pattern: str) -> tuple[int, ...]:
         return tuple(map(int, re.findall(r"\d+", self.attribute(pattern))))
 
+    @property
+    def target(self) -> str:
+        """What a custom call calls, "" of any other instruction."""
+        return self.attribute(r'custom_call_target="([^"]*)"') if self.opcode == "custom-call" else ""
+
+    def estimate(self, what: str) -> int:
+        """`flops` or `bytes_accessed` as a Pallas kernel for TPU states them, 0 of any other instruction."""
+        if self.target != "tpu_custom_call":
+            return 0
+        return int(self.attribute(rf'"cost_estimate":\{{[^}}]*"{what}":"(\d+)"') or 0)
+
 
 Computation = dict[str, Instruction]  # by name, in order
 
@@ -167,31 +178,46 @@ class Program:
     # --- floating-point operations of matrix products --------------------------------------------------------------------------
 
     def product_flops(self) -> float:
-        """Multiply-adds, counted as two, of all matrix products and convolutions on one device."""
+        """Multiply-adds, counted as two, of all matrix products and convolutions on one device.
+
+        Pallas kernels for TPU say themselves how many they take; those for GPUs do not (`silent_kernels`).
+        """
         return float(sum(map(_flops, self.runs)))
+
+    @property
+    def silent_kernels(self) -> int:
+        """Runs of Pallas kernels for GPUs."""
+        return sum(run.times for run in self.runs if "mosaic_gpu" in run.instruction.target)
 
     # --- memory ------------------------------------------------------------------------------------------------------------------
 
     def memory_bytes(self) -> float:
         """Read from and written to device memory by one device: what instructions outside of fusions take and give.
 
-        Of an operand that a fusion only slices, and of a result that it only updates in place, the slice counts.
+        Of an operand that a fusion only slices, and of a result that it only updates in place, the slice counts; of a kernel that
+        reads operands more than once, its own estimate.
         """
         return float(sum(run.times * self._traffic(run) for run in self.runs if not run.fused))
 
     def _traffic(self, run: Run) -> int:
         instruction = run.instruction
-        if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+        if instruction.opcode in _FREE or instruction.target in _FREE or instruction.opcode.endswith("-done"):
             return 0
         operands = [run.computation[name] for name in instruction.operands if name in run.computation]
         if instruction.opcode in ("dynamic-slice", "gather", "slice"):
             return 2 * instruction.hbm_bytes
         if instruction.opcode in ("dynamic-update-slice", "scatter"):
             return 2 * operands[-1 if instruction.opcode == "scatter" else 1].hbm_bytes
+        if (
+            instruction.opcode == "slice-start"
+        ):  # TPU: a part of an array on its way to VMEM; the type names the whole too
+            whole, part = instruction.arrays[:2]
+            return part.bytes * ((not whole.on_chip) + (not part.on_chip))
         if instruction.opcode.endswith("-start"):  # the type names operands and results
             return instruction.hbm_bytes
         if instruction.opcode != "fusion":
-            return instruction.hbm_bytes + sum(operand.hbm_bytes for operand in operands)
+            once = instruction.hbm_bytes + sum(operand.hbm_bytes for operand in operands)
+            return max(once, instruction.estimate("bytes_accessed"))
         inside = self.computations[instruction.called[0]]
         parameters = {int(each.operands[0]): each for each in inside.values() if each.opcode == "parameter"}
         read = sum(_read(operand, parameters[i], inside) for i, operand in enumerate(operands))
@@ -216,6 +242,8 @@ _FREE = {
     "call-start",
     "after-all",
     "iota",
+    "AllocateBuffer",
+    "ConcatBitcast",
 }
 
 
@@ -260,7 +288,7 @@ def _product_flops(instruction: Instruction, computation: Computation) -> int:
     elif instruction.opcode == "convolution":
         return _convolution_flops(instruction, computation)
     else:
-        return 0
+        return instruction.estimate("flops")
     lhs = computation[instruction.operands[0]].arrays[0]
     return 2 * instruction.arrays[0].size * math.prod(lhs.dims[i] for i in contracted)
 

@@ -45,7 +45,7 @@ def roofline(
     network = sum(line.network_bytes for line in traffic)
     links = sum(line.bytes for line in traffic) - network
     return Roofline(
-        compute=program_flops / peak,
+        compute=max(program_flops, model_flops) / peak,  # products of silent kernels are not among the program's
         memory=memory_bytes / rates.hbm_rate,
         links=links / rates.link_rate,
         network=network / rates.network_rate if rates.network_rate else 0.0,

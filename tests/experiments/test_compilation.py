@@ -173,6 +173,36 @@ def test_a_compiled_program_of_many_devices():
     assert (line.kind, line.group, line.count, line.bytes) == ("all-reduce", 4, 5, 5 * 2 * 8 * 64 * 4 * 3 / 4)
 
 
+def test_a_slice_on_its_way_to_vmem_counts_as_itself():
+    """TPU brings an array in parts, each of which names all of it; room for a result is nothing read or written."""
+    program = Program("""HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: s8[4096]) -> s8[1024] {
+  %x = s8[4096]{0:T(1024)(128)(4,1)} parameter(0)
+  %slice-start = ((s8[4096]{0:T(1024)(128)(4,1)}), s8[1024]{0:T(1024)(128)(4,1)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:1024]}
+  %room = s8[1024]{0:T(1024)(128)(4,1)} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %slice-done = s8[1024]{0:T(1024)(128)(4,1)S(1)} slice-done(%slice-start)
+}
+""")
+    assert program.memory_bytes() == 1024
+
+
+def test_kernels_for_tpu_say_what_they_take_and_those_for_gpus_count_as_silent():
+    program = Program("""HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: bf16[8,64]) -> (bf16[8,64], bf16[8,64]) {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %twice = bf16[8,64]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUzvUg","cost_estimate":{"flops":"4096","transcendentals":"0","bytes_accessed":"5000"}}}
+  %once = bf16[8,64]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"96","bytes_accessed":"100"}}}
+  %silent = bf16[8,64]{1,0} custom-call(%x), custom_call_target="mosaic_gpu_v2"
+  ROOT %both = (bf16[8,64]{1,0}, bf16[8,64]{1,0}) tuple(%twice, %silent)
+}
+""")
+    assert program.product_flops() == 4096 + 96
+    assert program.memory_bytes() == 5000 + 2 * (2 * 8 * 64 * 2)
+    assert program.silent_kernels == 1
+
+
 def test_the_lighter_branch_counts():
     """The other one is an exception, such as a transport's fallback."""
     text = jax.jit(lambda p, x: jax.lax.cond(p, lambda x: x @ x @ x, lambda x: x @ x, x)).trace(
@@ -189,6 +219,8 @@ def test_roofline():
     found = find(rates=ChipRates(0, hbm_rate=20, link_rate=10, network_rate=2))
     assert (found.compute, found.memory, found.links, found.network, found.useful) == (10, 2, 2, 5, 5)
     assert (found.overlapped, found.in_turn, found.mfu) == (10, 17, (5 / 17, 0.5))
+    # Kernels whose products nobody counts: the model's are multiplied all the same.
+    assert find(program_flops=20, rates=ChipRates(0, hbm_rate=20, link_rate=10, network_rate=2)).compute == 5
 
 
 def test_every_chip_has_its_rates():
