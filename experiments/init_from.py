@@ -21,6 +21,7 @@ from mdl.pure import PureModel, Tree, apart
 # Fields of the model that may differ from the source's. None of them changes the shape of a parameter, and for each there is a
 # reason to change it when training goes on; of the frequencies it is that a context is extended that way (YaRN).
 _FREE = (
+    "kernels.",
     "scan_layers:",
     "remat:",
     "moe.transport:",

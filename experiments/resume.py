@@ -42,7 +42,7 @@ _IDENTITY = (
     "train.ema_decay",  # with it, a state has parameters that one without has not
     "optim.moment_dtype",
 )
-_FREE = ("model.scan_layers", "model.remat", "model.moe.transport", "model.max_position_embeddings")
+_FREE = ("model.kernels", "model.scan_layers", "model.remat", "model.moe.transport", "model.max_position_embeddings")
 
 
 def checkpoints(config: ExperimentConfig, directory: pathlib.Path):

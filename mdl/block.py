@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from kernels_pallas.select import prefer_kernels
 from mdl.attention.cache import Cache
 from mdl.attention.core import Context
 from mdl.attention.dsa import Dsa, DsaConfig
@@ -46,11 +47,18 @@ class Block(nnx.Module):
         self.attention = attention.build(hidden_size, eps=eps, init=init)
         self.mlp_norm = RmsNorm(hidden_size, eps=eps, init=init)
         self.mlp: Mlp | Moe = mlp.build(hidden_size, init=init)
+        self.kernels = init.kernels
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Cache | None = None, selected_BTW: jax.Array | None = None
     ) -> tuple[jax.Array, BlockStats, Cache | None]:
         """selected_BTW: keys that the last indexer selected, for sparse attention without one."""
+        with prefer_kernels(self.kernels.preferred):
+            return self._run(x_BTD, context, cache, selected_BTW)
+
+    def _run(
+        self, x_BTD: jax.Array, context: Context, cache: Cache | None, selected_BTW: jax.Array | None
+    ) -> tuple[jax.Array, BlockStats, Cache | None]:
         indexer = experts = None
         if isinstance(self.attention, Dsa):
             attended = self.attention(self.attention_norm(x_BTD), context, cache, selected_BTW)

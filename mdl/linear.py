@@ -9,12 +9,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mdl import sharding
+from mdl.kernels import KernelsConfig
 from mdl.precision import PrecisionConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """Makes parameters: dtype, distribution and sharding in one place.
+    """Makes parameters: dtype, distribution and sharding in one place; and what modules are told of how to compute.
 
     DeepSeek-V3 draws every matrix from a normal with standard deviation 0.006 (report, section 4.2); norms start at one.
     Each parameter keeps its logical axis names as the metadata `axes`.
@@ -23,6 +24,7 @@ class Init:
     rngs: nnx.Rngs
     std: float
     precision: PrecisionConfig
+    kernels: KernelsConfig = dataclasses.field(default_factory=KernelsConfig)
 
     def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         partition = sharding.optional_sharding(sharding.spec(*axes))

@@ -17,6 +17,7 @@ from mdl.attention.dsa import DsaConfig
 from mdl.attention.mla import MlaConfig
 from mdl.attention.selection import SAVED_NAMES as SELECTION_SAVED_NAMES
 from mdl.block import AttentionConfig, Block, BlockStats
+from mdl.kernels import KernelsConfig
 from mdl.linear import Init, matmul
 from mdl.mlp import MlpConfig
 from mdl.moe.moe import MoeConfig
@@ -52,7 +53,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.precision = config.precision
         D, V, eps = config.hidden_size, config.vocab_size, config.rms_norm_eps
-        init = Init(rngs, config.initializer_range, config.precision)
+        init = Init(rngs, config.initializer_range, config.precision, config.kernels)
 
         def block(init: Init, mlp: MlpConfig | MoeConfig, layer: int) -> Block:
             return Block(config.attention_of(layer), mlp, D, eps=eps, init=init)
@@ -287,6 +288,7 @@ class TransformerConfig:
     initializer_range: float = 0.006  # standard deviation of every initial matrix
     tie_word_embeddings: bool = False  # the head is the transposed embedding
     precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)  # dtypes
+    kernels: KernelsConfig = dataclasses.field(default_factory=KernelsConfig)  # ops that run as Pallas kernels
     scan_layers: bool = True  # one compiled layer for the whole stack; off: unrolled, same numbers to rounding
     # recomputed: nothing | all but products and attention | all but attention | everything; auto: nothing, and all but attention in
     # rows of more than 16K tokens

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kernels_pallas.expert_mlp import chunks, reference, xla
 from kernels_pallas.expert_mlp.grouped import Grouped
 from kernels_pallas.grouped_gemm import api as grouped_gemm
-from kernels_pallas.select import select
+from kernels_pallas.select import attempt
 from kernels_pallas.vary import vary_alike
 
 Implementation = Literal["xla", "tpu", "gpu", "reference"]
@@ -58,13 +58,16 @@ def expert_mlp(
         )
     if not jnp.issubdtype(index_TX.dtype, jnp.integer):
         raise ValueError(f"expert_mlp needs integer indices, got {index_TX.dtype}")
-    back_end = select("expert_mlp", implementation, BACK_ENDS)
     arrays = vary_alike((x_TD, index_TX, weight_TX, gate_EDF, up_EDF, down_EFD))
-    if back_end is reference:
-        return reference.expert_mlp(*arrays).astype(x_TD.dtype)
-    if not index_TX.size:
-        back_end = xla  # nothing for a kernel to do
-    return _run(back_end, expected_choices, *arrays)
+
+    def run(back_end: Any) -> jax.Array:
+        if back_end is reference:
+            return reference.expert_mlp(*arrays).astype(x_TD.dtype)
+        if not index_TX.size:
+            back_end = xla  # nothing for a kernel to do
+        return _run(back_end, expected_choices, *arrays)
+
+    return attempt("expert_mlp", implementation, BACK_ENDS, run)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -16,6 +16,7 @@ from kernels_pallas.expert_mlp import xla
 from kernels_pallas.grouped_gemm.layout import Carry, take_rows
 
 SPARE = 1.5  # rows of a round over the choices expected
+WHOLE = 8  # rows at a time that a kernel takes without a copy
 
 
 class Rows(NamedTuple):
@@ -71,6 +72,7 @@ class Grouped:
     ) -> tuple[jax.Array, Residuals]:
         sizes_E, order_M, _ = xla.sort(index_TX, len(gate_EDF))
         room = index_TX.size if expected_choices is None else min(math.ceil(SPARE * expected_choices), index_TX.size)
+        room += -room % WHOLE
         known = x_TD, weight_TX, gate_EDF, up_EDF, down_EFD, sizes_E, order_M
 
         def one_round(first: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:

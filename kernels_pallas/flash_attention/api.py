@@ -3,7 +3,7 @@
 import functools
 import math
 from types import ModuleType
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.flash_attention import reference, xla
 from kernels_pallas.flash_attention.mask import Mask
-from kernels_pallas.select import LazyModule, select
+from kernels_pallas.select import LazyModule, attempt
 from kernels_pallas.vary import vary_alike
 
 SAVED_NAMES = ("attention_out", "attention_lse")  # with these kept, no remat policy makes the forward pass run twice
@@ -81,13 +81,15 @@ def flash_attention(
     Raises ValueError on what does not fit together, and Unsupported on an implementation that cannot do the call.
     """
     _check(q_BTNK, k_BSZK, v_BSZU, mask, scale, softcap, sinks)
-    back_end = select("flash_attention", implementation, BACK_ENDS)
     args = vary_alike((q_BTNK, k_BSZK, v_BSZU, sinks, mask))
-    if back_end is reference:
-        out_BTNU, lse_BTN = reference.flash_attention(*args, scale=scale, softcap=softcap)
-        out_BTNU = out_BTNU.astype(q_BTNK.dtype)
-    else:
-        out_BTNU, lse_BTN = _attend(*args, back_end, scale, softcap)  # pyright: ignore[reportGeneralTypeIssues]
+
+    def run(back_end: Any) -> tuple[jax.Array, jax.Array]:
+        if back_end is reference:
+            out_BTNU, lse_BTN = reference.flash_attention(*args, scale=scale, softcap=softcap)
+            return out_BTNU.astype(q_BTNK.dtype), lse_BTN
+        return _attend(*args, back_end, scale, softcap)  # pyright: ignore[reportGeneralTypeIssues]
+
+    out_BTNU, lse_BTN = attempt("flash_attention", implementation, BACK_ENDS, run)
     return (out_BTNU, lse_BTN) if return_lse else out_BTNU
 
 

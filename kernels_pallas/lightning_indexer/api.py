@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.flash_attention.mask import Mask
 from kernels_pallas.lightning_indexer import reference, xla
-from kernels_pallas.select import LazyModule, select
+from kernels_pallas.select import LazyModule, attempt, select
 from kernels_pallas.vary import vary_alike
 
 SAVED_NAMES = ("indexer_dscore",)  # [B, T, W] of selected_kl; kept, no remat policy makes its forward pass run twice
@@ -63,9 +63,9 @@ def select_keys(
         )
     if k_scale_BS is not None and k_scale_BS.shape != k_BSJ.shape[:2]:
         raise ValueError(f"select_keys: k_scale must be {list(k_BSJ.shape[:2])}, got {list(k_scale_BS.shape)}")
-    back_end = select("select_keys", implementation, BACK_ENDS)
     args = vary_alike(jax.lax.stop_gradient((q_BTIJ, w_BTI, k_BSJ, k_scale_BS, mask)))
-    return back_end.select_keys(*args, topk=topk)
+    run = lambda back_end: back_end.select_keys(*args, topk=topk)  # noqa: E731
+    return attempt("select_keys", implementation, BACK_ENDS, run)
 
 
 def dense_kl(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.mla_decode import reference, xla
 from kernels_pallas.mla_decode.cache import AnyCache, capacity
-from kernels_pallas.select import LazyModule, select
+from kernels_pallas.select import LazyModule, attempt
 from kernels_pallas.vary import vary_alike
 
 Implementation = Literal["xla", "reference", "tpu", "gpu"]
@@ -48,11 +48,11 @@ def mla_decode(
     differentiated.
     """
     _check(q_latent_BTNC, q_rope_BTNR, cache, lengths_B, scale, splits)
-    back_end = select("mla_decode", implementation, BACK_ENDS)
 
     @jax.custom_jvp
     def run(*args):
-        out_BTNC, lse_BTN = back_end.decode(*args, scale, splits)
+        decode = lambda back_end: back_end.decode(*args, scale, splits)  # noqa: E731
+        out_BTNC, lse_BTN = attempt("mla_decode", implementation, BACK_ENDS, decode)
         return out_BTNC.astype(q_latent_BTNC.dtype), lse_BTN
 
     @run.defjvp

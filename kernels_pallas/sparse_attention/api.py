@@ -3,14 +3,14 @@
 import functools
 import math
 from types import ModuleType
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.flash_attention.api import SAVED_NAMES
-from kernels_pallas.select import LazyModule, select
+from kernels_pallas.select import LazyModule, attempt
 from kernels_pallas.sparse_attention import reference, xla
 from kernels_pallas.vary import vary_alike
 
@@ -81,13 +81,15 @@ def sparse_attention(
     Raises ValueError on what does not fit together, and Unsupported on an implementation that cannot do the call.
     """
     _check(q_BTNK, k_BSZK, v_BSZU, index_BTW, scale, value_width)
-    back_end = select("sparse_attention", implementation, BACK_ENDS)
     args = vary_alike((q_BTNK, k_BSZK, v_BSZU, index_BTW))
-    if back_end is reference:
-        out_BTNU, lse_BTN = reference.sparse_attention(*args, scale=scale, value_width=value_width)
-        out_BTNU = out_BTNU.astype(q_BTNK.dtype)
-    else:
-        out_BTNU, lse_BTN = _attend(*args, back_end, scale, value_width)  # pyright: ignore[reportGeneralTypeIssues]
+
+    def run(back_end: Any) -> tuple[jax.Array, jax.Array]:
+        if back_end is reference:
+            out_BTNU, lse_BTN = reference.sparse_attention(*args, scale=scale, value_width=value_width)
+            return out_BTNU.astype(q_BTNK.dtype), lse_BTN
+        return _attend(*args, back_end, scale, value_width)  # pyright: ignore[reportGeneralTypeIssues]
+
+    out_BTNU, lse_BTN = attempt("sparse_attention", implementation, BACK_ENDS, run)
     return (out_BTNU, lse_BTN) if return_lse else out_BTNU
 
 

@@ -8,6 +8,7 @@ from mdl.attention.dsa import DsaConfig
 from mdl.hf import deepseek_v2, deepseek_v3, deepseek_v32, glm_moe_dsa, llama, qwen3, qwen3_moe
 from mdl.hf.fields import Fields
 from mdl.hf.table import Table
+from mdl.kernels import KernelsConfig
 from mdl.moe.transport_ring import RingConfig
 from mdl.precision import PrecisionConfig
 from mdl.transformer import TransformerConfig
@@ -98,6 +99,7 @@ def _numbers(config: TransformerConfig) -> TransformerConfig:
         first_k_dense_replace=config.num_prefix_layers,
         precision=PrecisionConfig(param=config.precision.param),
         moe=config.moe and dataclasses.replace(config.moe, transport=RingConfig()),
+        kernels=KernelsConfig(),
         scan_layers=True,
         remat="none",
     )

@@ -66,9 +66,20 @@ SMALL_V3 += [
 ]
 
 
+KERNELS = [f"--config.model.kernels.{op}=pallas" for op in ("flash_attention", "expert_mlp")]
+
+
 @needs_compilers
-@pytest.mark.parametrize("topology", ["v5p:2x2x2", pytest.param("h200:1x1x8", marks=pytest.mark.slow)])
-def test_a_small_deepseek_v3(topology, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("topology", "kernels"),
+    [
+        pytest.param("v5p:2x2x2", [], id="v5p"),
+        pytest.param("h200:1x1x8", [], id="h200", marks=pytest.mark.slow),
+        pytest.param("v5p:2x2x2", KERNELS, id="v5p, kernels", marks=pytest.mark.slow),
+        pytest.param("h200:1x1x8", KERNELS, id="h200, kernels", marks=pytest.mark.slow),
+    ],
+)
+def test_a_small_deepseek_v3(topology, kernels, tmp_path, capsys, monkeypatch):
     texts = []
 
     def compile_step(*arguments):
@@ -77,7 +88,7 @@ def test_a_small_deepseek_v3(topology, tmp_path, capsys, monkeypatch):
         return compiled
 
     monkeypatch.setattr(command, "compile_step", compile_step)
-    code, found = compile_to(tmp_path / "out.json", *SMALL_V3, f"--topology={topology}")
+    code, found = compile_to(tmp_path / "out.json", *SMALL_V3, *kernels, f"--topology={topology}")
     assert code == 0 and found["fits"]
     assert found["mesh"] == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
     traffic = {(line["kind"], line["group"]): line["bytes"] for line in found["collectives"]}
@@ -85,8 +96,13 @@ def test_a_small_deepseek_v3(topology, tmp_path, capsys, monkeypatch):
     # devices: the gradients of matrices are summed over fsdp first, of which each device keeps its part.
     assert {("all-to-all", 4), ("all-gather", 2), ("reduce-scatter", 2)} <= traffic.keys()
     assert traffic["all-reduce", 8] < 0.05 * traffic["reduce-scatter", 2]
-    # Everything is computed again in the backward pass, and experts' rows are padded.
-    assert 4 / 3 < found["flops"]["program"] / found["flops"]["model"] < 2
+    names = set(re.findall(r"/(flash_attention\w*|grouped_gemm\w*)/(?:pallas_call|mpmd_map)", texts[0]))
+    if kernels:  # forward and backward, of attention and of experts
+        assert len([name for name in names if name.startswith("flash")]) >= 2
+        assert len([name for name in names if name.startswith("grouped")]) >= 2
+    else:  # everything is computed again in the backward pass, and experts' rows are padded
+        assert not names
+        assert 4 / 3 < found["flops"]["program"] / found["flops"]["model"] < 2
     if topology.startswith("v5p"):  # no exchange of tokens is waited for where it begins
         opcodes = set(re.findall(r" (all-to-all(?:-start|-done)?)\(", texts[0]))
         assert opcodes == {"all-to-all-start", "all-to-all-done"}

@@ -1,5 +1,6 @@
 """Kernels compile for chips that are not here, and what compilers say of them is read right."""
 
+import functools
 import os
 
 import jax
@@ -11,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import aot
 from kernels_pallas.compile_cases import compile_cases
+from kernels_pallas.grouped_gemm import gpu as grouped_gemm_gpu
 
 needs_compilers = pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
 
@@ -35,6 +37,21 @@ def test_compiles(case, chip):
         assert report.spill_bytes == 0 and report.registers <= case.max_registers, report
         assert 0 < report.shared_memory_bytes <= 227 * 1024
         assert not report.warnings
+
+
+@needs_compilers
+def test_grouped_products_for_gpus_take_any_number_of_rows():
+    """TMA takes eight rows at a time."""
+    x, y = (jax.ShapeDtypeStruct((1003, width), jnp.bfloat16) for width in (128, 64))
+    w, sizes = jax.ShapeDtypeStruct((4, 128, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32)
+    weights = functools.partial(grouped_gemm_gpu.backward_weights, dtype=jnp.bfloat16)
+    for product, args in (
+        (grouped_gemm_gpu.forward, (x, w, sizes)),
+        (grouped_gemm_gpu.backward_rows, (y, w, sizes)),
+        (weights, (x, y, sizes)),
+    ):
+        report = aot.chip("h200").compile(product, *args)
+        assert report.compiled, report.error
 
 
 def normalize_rows(columns):
