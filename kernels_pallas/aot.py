@@ -33,6 +33,8 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+}
+REPORTS = {  # what Mosaic GPU and ptxas print about each kernel
     "MOSAIC_GPU_DUMP_PTXAS": "1",  # registers and spills
     "MOSAIC_GPU_DUMP_HOST_LLVM": "1",  # the launch, which carries the dynamic shared memory
 }
@@ -102,7 +104,7 @@ class Chip:
         check_installed()
         options = {} if self.target is None else {"target_config": self.target, "topology": self.topology}
         name = self.topology if self.target is None else self.name
-        with _environment():
+        with _environment(ENVIRONMENT):
             try:
                 return topologies.get_topology_desc(name, self.platform, **options).devices[0]
             except NotImplementedError as error:  # the plugin did not load
@@ -122,7 +124,7 @@ class Chip:
         abstract = AbstractDevice(device_kind=device.device_kind, num_cores=cores, platform=device.platform)
         mesh = AbstractMesh((1,), ("aot",), abstract_device=abstract)
         began = time.perf_counter()
-        with compilers(), _said() as said:
+        with compilers(reports=True), _said() as said:
             try:
                 with use_abstract_mesh(mesh):
                     compiled = jax.jit(fn).trace(*avals).lower(lowering_platforms=(self.platform,)).compile()
@@ -233,16 +235,16 @@ def _is_ptxas_in(place: str) -> bool:
 
 
 @contextlib.contextmanager
-def compilers() -> Iterator[None]:
-    """In this block compilers find the answers they ask for, and the persistent cache is out of the way."""
-    with _environment(), _no_compilation_cache():
+def compilers(*, reports: bool = False) -> Iterator[None]:
+    """In this block compilers find the answers they ask for, and the persistent cache is out of the way. reports: see REPORTS."""
+    with _environment(ENVIRONMENT | (REPORTS if reports else {})), _no_compilation_cache():
         yield
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """ENVIRONMENT and ptxas on PATH, for a while, so that processes started later inherit nothing."""
-    wanted = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """These, where they are not set, and ptxas on PATH, for a while, so that processes started later inherit nothing."""
+    wanted = {name: value for name, value in variables.items() if name not in os.environ}
     wanted["PATH"] = os.pathsep.join(filter(None, [str(_ptxas_folder()), os.environ.get("PATH")]))
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
