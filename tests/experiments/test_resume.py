@@ -54,7 +54,7 @@ def test_ctrl_c_before_the_first_step_shows_no_traceback(home, tmp_path):
 def test_kill_9(home, uninterrupted, tmp_path):
     """A hundred times: test_faults.py."""
     workdir = tmp_path / "run"
-    for step in (7, 14, 31):
+    for step in (7, 31):
         with home.start(workdir) as run:
             run.wait_for_step(step)
             time.sleep(random.Random(step).uniform(0, 0.05))
