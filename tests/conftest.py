@@ -18,6 +18,11 @@ jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def pytest_collection_modifyitems(items):
+    """The notebooks first: at the end, one process would run the two minutes of them while the others have nothing left."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs_end_with_their_module():
     """Compiled programs stay in memory while JAX remembers them: six gigabytes by the end of the tests, half of that without."""

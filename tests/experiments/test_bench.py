@@ -94,6 +94,7 @@ def test_loads_are_whole_and_as_named(loads):
     assert np.all(sizes >= 0)
 
 
+@pytest.mark.slow
 def test_decode(tmp_path):
     results = run(tmp_path, "decode", f"--config={SMALL}", "--batch=1,3", "--prompt=4", "--tokens=3")
     assert [row["batch"] for row in results] == [1, 3]

@@ -16,6 +16,7 @@ V32 = f"--config={pathlib.Path(__file__).parents[2] / 'configs' / 'deepseek_v32.
 needs_compilers = pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
 
 
+@pytest.mark.slow
 def test_time_memory_and_decoding_beside_dense(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "result.json", tmp_path / "dsa.png"

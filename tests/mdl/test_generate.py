@@ -214,7 +214,7 @@ GOLDEN_VARIANTS = [
     "deepseek_v32",
     pytest.param("glm_moe_dsa", marks=pytest.mark.slow),
     "qwen3_untied",
-    "qwen3_moe",
+    pytest.param("qwen3_moe", marks=pytest.mark.slow),
     "llama",
 ]
 

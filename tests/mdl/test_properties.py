@@ -180,7 +180,7 @@ MESHES = {
     [
         pytest.param("fsdp", "none", marks=pytest.mark.slow),
         pytest.param("data_fsdp_tensor", "none", marks=pytest.mark.slow),
-        ("data_expert", "none"),
+        pytest.param("data_expert", "none", marks=pytest.mark.slow),
         ("fsdp_expert_tensor", "full"),
     ],
 )
