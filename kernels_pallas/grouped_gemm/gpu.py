@@ -17,7 +17,6 @@ from kernels_pallas.grouped_gemm.turns import PART, TILE_ROWS, Ring, Visits, at_
 from kernels_pallas.select import Unsupported
 
 WIDTH = 64  # terms of a sum at a time: 16-bit numbers in 128 bytes, the swizzle
-SWIZZLED_ROWS = 8  # which TMA takes at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +58,7 @@ def backward_rows(dy_MF: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax
 def _rows_times_matrices(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose: bool) -> jax.Array:
     check(x_MD.dtype, w_EDF.dtype)
     shape = x_MD.shape[0], w_EDF.shape[1 if transpose else 2]
-    x_MD = at_least(pad(pad(x_MD, 1, WIDTH), 0, SWIZZLED_ROWS), 0, TILE_ROWS)
-    w_EDF = pad(pad(w_EDF, 1, WIDTH), 2, WIDTH)
+    x_MD, w_EDF = at_least(pad(x_MD, 1, WIDTH), 0, TILE_ROWS), pad(pad(w_EDF, 1, WIDTH), 2, WIDTH)
     rows, inner = x_MD.shape
     groups, columns, dtype = w_EDF.shape[0], w_EDF.shape[1 if transpose else 2], x_MD.dtype
     tile = choose(columns)
@@ -130,7 +128,7 @@ def backward_weights(x_MD: jax.Array, dy_MF: jax.Array, sizes_E: jax.Array, dtyp
     rest_ER = jnp.where(rest_ER < ends_E[:, None], rest_ER, len(x_MD))
     x_MD, dy_MF = at_least(pad(x_MD, 1, WIDTH), 1, TILE_ROWS), pad(dy_MF, 1, WIDTH)
     x_ERD, dy_ERF = take_rows(x_MD, rest_ER), take_rows(dy_MF, rest_ER)
-    x_MD, dy_MF = (at_least(pad(a, 0, SWIZZLED_ROWS), 0, WIDTH) for a in (x_MD, dy_MF))
+    x_MD, dy_MF = (at_least(a, 0, WIDTH) for a in (x_MD, dy_MF))
     groups, rows, columns = shape[0], x_MD.shape[1], dy_MF.shape[1]
     tile = choose(columns)
     tiles = pl.cdiv(rows, TILE_ROWS), pl.cdiv(columns, tile.columns)

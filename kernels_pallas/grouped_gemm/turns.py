@@ -192,5 +192,5 @@ def smem(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def at_least(a: jax.Array, axis: int, length: int) -> jax.Array:
-    """Zeros behind, up to the length of a tile: TMA takes no less."""
-    return pad(a, axis, length) if a.shape[axis] < length else a
+    """Zeros behind, up to the length of a tile, and to eights beyond: TMA takes no less of what it swizzles."""
+    return pad(a, axis, length if a.shape[axis] < length else 8)

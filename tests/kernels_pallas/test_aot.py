@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import aot
 from kernels_pallas.compile_cases import compile_cases
+from kernels_pallas.fp8_gemm import gpu as fp8_gemm_gpu
 from kernels_pallas.grouped_gemm import gpu as grouped_gemm_gpu
 
 needs_compilers = pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
@@ -51,10 +52,14 @@ def test_grouped_products_for_gpus_take_any_number_of_rows():
     x, y = (jax.ShapeDtypeStruct((1003, width), jnp.bfloat16) for width in (128, 64))
     w, sizes = jax.ShapeDtypeStruct((4, 128, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32)
     weights = functools.partial(grouped_gemm_gpu.backward_weights, dtype=jnp.bfloat16)
+    fp8, float32 = jnp.float8_e4m3fn, jnp.float32
+    parts = (((1003, 256), fp8), ((1003, 2), float32), ((4, 128, 256), fp8), ((4, 1, 2), float32))
+    fp8_args = (*(jax.ShapeDtypeStruct(*part) for part in parts), sizes)
     for product, args in (
         (grouped_gemm_gpu.forward, (x, w, sizes)),
         (grouped_gemm_gpu.backward_rows, (y, w, sizes)),
         (weights, (x, y, sizes)),
+        (functools.partial(fp8_gemm_gpu.forward, dtype=jnp.dtype(jnp.bfloat16)), fp8_args),
     ):
         report = aot.chip("h200").compile(product, *args)
         assert report.compiled, report.error
